@@ -1,0 +1,1 @@
+"""Who does what, and what happened: scheduler, ledger, store, dashboard. No torch."""

@@ -1,0 +1,1 @@
+"""Does the training: data, stage, pipeline, sync, optimizer, checkpoint, daemon."""
