@@ -1,0 +1,250 @@
+"""The ``potluck`` command. Imports nothing heavy: each command loads what it needs when it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .protocol.errors import PotluckError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Group(click.Group):
+    """Turns our errors into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PotluckError as error:
+            click.echo(f"potluck: {error.one_line()}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="potluck")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens, to stderr.")
+def main(verbose: bool) -> None:
+    """Train one language model together, over ordinary internet lines.
+
+    \b
+    Try it on this machine alone:      potluck demo
+    Start a run for others to join:    potluck coordinator init run.yaml
+                                       potluck coordinator up run.yaml
+    Join a run with its ticket:        potluck worker join TICKET
+    """
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+
+@main.command(context_settings=CONTEXT)
+@click.option("--workers", type=click.IntRange(1, 64), default=4, show_default=True, help="Worker processes.")
+@click.option("--stages", type=click.IntRange(1, 16), default=2, show_default=True, help="Pipeline stages.")
+@click.option("--steps", type=click.IntRange(1), default=None, help="Training steps.  [default: 240]")
+@click.option(
+    "--preset",
+    type=click.Choice(["potluck", "gptjt", "cocktail", "diloco", "dense"]),
+    default="potluck",
+    show_default=True,
+    help="How replicas exchange weights.",
+)
+@click.option("--data", default="builtin", show_default=True, help="Text to train on: FILE, DIR or hf:NAME.")
+@click.option("--keep", type=click.Path(path_type=Path), default=None, help="Folder for the run.  [default: a fixed one]")
+@click.option("--resume", is_flag=True, help="Go on with the run that was stopped.")
+@click.option("--plain", is_flag=True, help="Lines instead of a live display.")
+def demo(**options: Any) -> None:
+    """Train a small GPT-J on this machine, with every part a process of its own.
+
+    Prepares a corpus from text that Python carries, starts a coordinator and workers on loopback, trains for about
+    two minutes and leaves a folder that transformers loads. No network, no GPU, no account. Ctrl-C stops it in
+    order; `potluck demo --resume` goes on.
+    """
+    from .demo import DemoConfig, run
+
+    sys.exit(run(DemoConfig(**options)))
+
+
+@main.group(context_settings=CONTEXT)
+def coordinator() -> None:
+    """Run a coordinator: it hands out work, keeps the ledger, shows the page."""
+
+
+@coordinator.command("init", context_settings=CONTEXT)
+@click.argument("path", type=click.Path(path_type=Path), default=Path("run.yaml"))
+def coordinator_init(path: Path) -> None:
+    """Write a run.yaml with every setting and its default."""
+    from .protocol.config import CoordinatorConfig, RunConfig, dump
+    from .protocol.errors import ConfigError
+
+    if path.exists():
+        raise ConfigError(f"{path} is there already", hint="Name another file.")
+    text = dump(RunConfig(coordinator=CoordinatorConfig(port=7700, http_port=7701)))
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error})", hint="Name a file in a writable folder.") from None
+    click.echo(f"Wrote {path}. Next: potluck coordinator up {path}")
+
+
+@coordinator.command("up", context_settings=CONTEXT)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--data-dir", type=click.Path(path_type=Path), default=None, help="Where the run is kept.  [default: by its name, in your data folder]")
+@click.option("--host", default=None, help="Address to listen on; 0.0.0.0 for others to reach it.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None, help="Port for workers.")
+@click.option("--http-port", type=click.IntRange(0, 65535), default=None, help="Port of the page.")
+@click.option("--ready-file", type=click.Path(path_type=Path), default=None, help="Write ticket and addresses there, as JSON, once up.")
+def coordinator_up(path: Path, data_dir: Path | None, ready_file: Path | None, **place: Any) -> None:
+    """Start the coordinator of the run in PATH (run.yaml); it prints a ticket for workers and the page's address.
+
+    Ctrl-C stops the run in order: workers save their state, and the same command goes on from there.
+    """
+    import msgspec
+
+    from .protocol.config import load
+
+    config = load(path)
+    changes = {k: v for k, v in place.items() if v is not None}
+    if changes:
+        config = msgspec.structs.replace(
+            config, coordinator=msgspec.structs.replace(config.coordinator, **changes)
+        )
+    folder = data_dir or data_home() / "coordinator" / config.name
+    sys.exit(asyncio.run(_coordinator(config, folder, ready_file)))
+
+
+async def _coordinator(config: Any, folder: Path, ready_file: Path | None) -> int:
+    import json
+
+    from .coordinator import service
+
+    stop = asyncio.Event()
+    again = _on_interrupt(stop)
+    shown = -1.0
+
+    def progress(what: str, share: float) -> None:
+        nonlocal shown
+        if share >= 1.0 or share - shown >= 0.25 or share < shown:
+            shown = share
+            click.echo(f"{what}: {share:.0%}", err=True)
+
+    async with service.running(config, folder, progress) as up:
+        click.echo(f"Run:     {config.name} in {folder}")
+        click.echo(f"Page:    {up.page}")
+        click.echo(f"Ticket:  {up.ticket}")
+        click.echo(f"Join:    potluck worker join {up.ticket}")
+        sys.stdout.flush()
+        if ready_file:
+            data = json.dumps({"ticket": up.ticket, "page": up.page, "address": up.address})
+            temporary = ready_file.with_suffix(".tmp")
+            temporary.write_text(data, encoding="utf-8")
+            temporary.replace(ready_file)
+        done = asyncio.create_task(up.hub.until_phase("finished", "stopped"))
+        asked = asyncio.create_task(stop.wait())
+        await asyncio.wait({done, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            done.result()
+            await asyncio.sleep(2.0)  # workers hear of it
+            where = up.board.published
+            click.echo("The run is finished." + (f" Model: {folder / 'checkpoints' / where}" if where else ""))
+            return 0
+        click.echo("Stopping: workers save their state (Ctrl-C again to stop at once).", err=True)
+        stopping = asyncio.create_task(service.stop(up))
+        await asyncio.wait({stopping, asyncio.create_task(again.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        phase = stopping.result() if stopping.done() else "not stopped in order"
+        click.echo(f"The run is {phase}. The same command goes on.")
+        return 0
+
+
+@main.group(context_settings=CONTEXT)
+def worker() -> None:
+    """Lend this machine to a run."""
+
+
+@worker.command("join", context_settings=CONTEXT)
+@click.argument("ticket")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=None, help="Key and saved state.  [default: your data folder]")
+@click.option("--name", default="", help="Name shown to others.  [default: from the key]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address other workers can dial; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port other workers dial.  [default: any]")
+@click.option("--memory-gb", type=click.FloatRange(0, min_open=True), default=None, help="Most memory to use.  [default: half]")
+@click.option("--threads", type=click.IntRange(1), default=None, help="Cores to use.  [default: half]")
+@click.option("--speed", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Speed against an ordinary machine.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
+def worker_join(ticket: str, data_dir: Path | None, **options: Any) -> None:
+    """Join the run of TICKET and work until it is finished.
+
+    Ctrl-C finishes the step and hands over; a second Ctrl-C leaves at once.
+    """
+    from .protocol.ticket import Ticket
+
+    decoded = Ticket.decode(ticket, time.time())
+    options = {k: v for k, v in options.items() if v is not None}
+    sys.exit(asyncio.run(_worker(decoded, data_dir or data_home() / "worker", options)))
+
+
+async def _worker(ticket: Any, folder: Path, options: dict[str, Any]) -> int:
+    from .worker import daemon
+
+    leave = asyncio.Event()
+    again = _on_interrupt(leave)
+    config = daemon.WorkerConfig(data_dir=folder, **options)
+
+    def say(line: str) -> None:
+        click.echo(f"{time.strftime('%H:%M:%S')} {line}")
+        sys.stdout.flush()
+
+    working = asyncio.create_task(daemon.join(ticket, config, leave, say))
+    await asyncio.wait({working, asyncio.create_task(again.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    if not working.done():
+        say("left at once; what was not committed is done by others")
+        sys.stdout.flush()
+        import os
+
+        os._exit(130)
+    say(working.result())
+    return 0
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--prompt", default="The ", show_default=True, help="Text to go on from.")
+@click.option("--tokens", type=click.IntRange(1, 2000), default=60, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def sample(model: Path, prompt: str, tokens: int, seed: int) -> None:
+    """Let a published MODEL (a folder) write, with stock transformers."""
+    from .worker.sampling import write
+
+    click.echo(write(model, prompt, tokens, seed))
+
+
+def data_home() -> Path:
+    """The user's data folder for potluck."""
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("potluck", appauthor=False))
+
+
+def _on_interrupt(first: asyncio.Event) -> asyncio.Event:
+    """Sets ``first`` on the first Ctrl-C (or SIGTERM), the returned event on the second."""
+    second = asyncio.Event()
+
+    def interrupted() -> None:
+        (second if first.is_set() else first).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(number, interrupted)
+    return second

@@ -1,0 +1,55 @@
+"""Error feedback for the owner of a shard: what a lossy message left out is added to the next one.
+
+Invariant, with decay 1: sent + kept = total. Over any number of rounds, the sum of everything sent plus the
+buffer equals the sum of everything that was to be sent, up to float32 rounding. (Seide et al., 2014;
+Karimireddy et al., 2019.)
+"""
+
+import torch
+from torch import Tensor
+
+from .sync import Sparse
+
+
+class ErrorFeedback:
+    """The residual of one shard of `n` float32 elements; no memory until something was left out.
+
+    `decay` below 1 forgets old residuals (SparseLoCo), and gives up the invariant.
+    """
+
+    def __init__(self, n: int, decay: float = 1.0) -> None:
+        if n < 0 or not 0.0 <= decay <= 1.0:
+            raise ValueError(f"error feedback needs n >= 0 and a decay from 0 to 1, not n={n}, decay={decay}")
+        self.n = n
+        self.decay = decay
+        self._kept: Tensor | None = None
+
+    def compensated(self, x: Tensor) -> Tensor:
+        """`x` plus what earlier rounds left out: what the codec should be given."""
+        self._check(x)
+        return x if self._kept is None else x + self._kept
+
+    def keep(self, compensated: Tensor, sent: Sparse) -> None:
+        """Remember `compensated - sent`, decayed. Call it once the message counts as sent."""
+        self._check(compensated)
+        left = compensated.detach().to(torch.float32, copy=True)
+        self._kept = sent.add_to(left, -1.0)
+        if self.decay != 1.0:
+            self._kept.mul_(self.decay)
+
+    def state(self) -> Tensor | None:
+        """The buffer for a checkpoint (a copy), or None while it is zero."""
+        return None if self._kept is None else self._kept.clone()
+
+    def load(self, state: Tensor | None) -> None:
+        """Take up the buffer that `state` returned; ValueError if it is of another shard or not finite."""
+        if state is not None:
+            self._check(state)
+            if not torch.isfinite(state).all():
+                raise ValueError("the residual has infinite or NaN elements")
+            state = state.detach().to(torch.float32, copy=True)
+        self._kept = state
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape != (self.n,):
+            raise ValueError(f"a shard of {self.n} elements was given a tensor of shape {tuple(x.shape)}")

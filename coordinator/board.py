@@ -1,0 +1,282 @@
+"""What the dashboard shows: a fold of the events, points and reports, kept in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..protocol import control_pb2 as pb
+from ..protocol.config import RunConfig
+from ..protocol.plan import stage_parameters
+from .state import Commit, Journal, Point, Rules, RunState, Said
+from .store import Store
+
+COMPRESSED = ("activation", "gradient", "weights")  # purposes with an uncompressed counterfactual of their own
+RATE_SECONDS = 20.0  # window of the shown speed
+
+
+@dataclass(kw_only=True)
+class PeerFigures:
+    """What one peer has reported about itself."""
+
+    samples: int = 0
+    seconds_per_step: float | None = None
+    device: str = ""
+
+
+class Board:
+    """The dashboard's ``Source`` (see :mod:`.web`)."""
+
+    def __init__(self, config: RunConfig, rules: Rules, run_id: str, vocab_size: int, store: Store) -> None:
+        self.config, self.rules, self.run_id, self.vocab_size = config, rules, run_id, vocab_size
+        self.version = 1
+        self.published: str | None = None
+        self.samples_text: str | None = None
+        self._state = RunState()
+        self._changed = asyncio.Condition()
+        self._figures: dict[str, PeerFigures] = {}
+        self._traffic: dict[tuple[str, str, str, str], tuple[int, int]] = {}
+        self._load(store)
+
+    def _load(self, store: Store) -> None:
+        seq_len = self.config.model.seq_len
+        self._points = [
+            {"id": i, "step": s, "tokens": n * seq_len, "time": t, "train": train, "heldout": heldout}
+            for i, s, n, t, train, heldout in store.rows(
+                "SELECT id, step, samples, time, train, heldout FROM points ORDER BY id"
+            )
+        ]
+        recent = store.rows("SELECT id, time, kind, text FROM events ORDER BY id DESC LIMIT 100")
+        self._events = deque(
+            ({"id": i, "time": t, "kind": k, "text": text} for i, t, k, text in reversed(recent)), maxlen=100
+        )
+        rounds = store.rows(
+            "SELECT round, step, replicas, samples, nbytes, seconds, committed FROM rounds ORDER BY step DESC LIMIT 30"
+        )
+        self._rounds = deque(
+            (round_row(*row) for row in reversed(rounds)),
+            maxlen=30,
+        )
+        first = store.rows("SELECT MIN(time) FROM events")
+        self._started = first[0][0] or time.time()
+        for peer, session, purpose, direction, nbytes, dense in store.rows("SELECT * FROM traffic"):
+            self._traffic[peer, session, purpose, direction] = (nbytes, dense)
+
+    # What comes in.
+
+    def traffic_of(self, reports: Sequence[pb.Up], batch: Sequence[tuple[Any, Any, int]]) -> list[tuple[str, list[Any]]]:
+        """Takes heartbeats' byte counts; returns the statements that keep them."""
+        statements: list[tuple[str, list[Any]]] = []
+        for what, line, _ in batch:
+            if not isinstance(what, Said) or line is None or what.report.WhichOneof("body") != "heartbeat":
+                continue
+            totals: dict[tuple[str, str], tuple[int, int]] = {}
+            for t in what.report.heartbeat.traffic:
+                nbytes, dense = totals.get((t.purpose, t.direction), (0, 0))
+                totals[t.purpose, t.direction] = (nbytes + t.nbytes, dense + t.dense_nbytes)
+            for (purpose, direction), (nbytes, dense) in totals.items():
+                key = (what.peer, line.session.hex(), purpose, direction)
+                if self._traffic.get(key) != (nbytes, dense):
+                    self._traffic[key] = (nbytes, dense)
+                    statements.append(("INSERT OR REPLACE INTO traffic VALUES (?,?,?,?,?,?)", [*key, nbytes, dense]))
+        for report in reports:
+            if report.WhichOneof("body") == "step_done":
+                self.version += 1
+        for what, _, _ in batch:
+            if isinstance(what, Said) and what.report.WhichOneof("body") == "step_done":
+                done, figures = what.report.step_done, self._figures.setdefault(what.peer, PeerFigures())
+                figures.samples += done.samples
+                seconds = done.compute_seconds + done.wait_seconds
+                old = figures.seconds_per_step
+                figures.seconds_per_step = seconds if old is None else 0.8 * old + 0.2 * seconds
+        return statements
+
+    def update(self, state: RunState, commands: Sequence[Journal | Point | Commit], now: float) -> None:
+        """The state after a batch, and what was written down in it."""
+        self._state = state
+        for command in commands:
+            if isinstance(command, Journal):
+                last = self._events[-1]["id"] if self._events else 0
+                event = command.event
+                self._events.append({"id": last + 1, "time": now, "kind": event.kind, "text": event.text})
+            elif isinstance(command, Point):
+                last = self._points[-1]["id"] if self._points else 0
+                self._points.append(
+                    {
+                        "id": last + 1,
+                        "step": command.step,
+                        "tokens": command.tokens_samples * self.config.model.seq_len,
+                        "time": now,
+                        "train": command.train,
+                        "heldout": command.heldout,
+                    }
+                )
+            else:
+                c = command
+                self._rounds.append(
+                    round_row(c.round, c.mark.step, c.replicas, c.samples, c.nbytes, c.seconds, now)
+                )
+        self._notify()
+
+    def publish(self, path: str) -> None:
+        self.published = path
+        self._notify()
+
+    def _notify(self) -> None:
+        self.version += 1
+
+        async def wake() -> None:
+            async with self._changed:
+                self._changed.notify_all()
+
+        self._waking = asyncio.get_running_loop().create_task(wake())
+
+    # What the page asks.
+
+    def points(self, after: int) -> list[dict[str, Any]]:
+        low, high = 0, len(self._points)
+        while low < high:
+            middle = (low + high) // 2
+            if self._points[middle]["id"] <= after:
+                low = middle + 1
+            else:
+                high = middle
+        return self._points[low:]
+
+    async def changed(self, version: int) -> int:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.version != version)
+        return self.version
+
+    def state(self) -> dict[str, Any]:
+        state, config, model = self._state, self.config, self.config.model
+        train = [p for p in self._points[-40:] if p["train"] is not None]
+        heldout = [p for p in self._points if p["heldout"] is not None]
+        steps_done = max((p["step"] for p in train), default=state.committed.step)
+        tokens = self._points[-1]["tokens"] if self._points else 0
+        speed = self._speed(train)
+        per_step = None
+        if len(train) > 1:
+            per_step = (train[-1]["time"] - train[0]["time"]) / max(1, train[-1]["step"] - train[0]["step"])
+        traffic = self._by_purpose()
+        sent = sum(t["nbytes"] for t in traffic)
+        dense = sum(t["dense_nbytes"] if t["purpose"] in COMPRESSED else t["nbytes"] for t in traffic)
+        counts = [
+            stage_parameters(a, b, model.layers, d_model=model.d_model, vocab_size=self.vocab_size)
+            for a, b in self.rules.layers
+        ]
+        return {
+            "version": self.version,
+            "now": time.time(),
+            "run": {
+                "name": config.name,
+                "id": self.run_id,
+                "model": f"GPT-J shape, {sum(counts) / 1e6:.1f} M parameters, {model.layers} layers, d = {model.d_model}",
+                "stages": config.pipeline.stages,
+                "preset": config.sync.preset,
+                "codec": f"{config.activations.forward} forward, {config.activations.backward} backward",
+            },
+            "phase": state.phase,
+            "note": state.note,
+            "started": self._started,
+            "step": steps_done,
+            "steps": config.steps,
+            "generation": state.generation,
+            "train_loss": smoothed([p["train"] for p in train]),
+            "heldout_loss": heldout[-1]["heldout"] if heldout else None,
+            "heldout_first": heldout[0]["heldout"] if heldout else None,
+            "tokens": tokens,
+            "committed_tokens": state.committed.sample * model.seq_len,
+            "tokens_per_second": speed if state.phase == "training" else None,
+            "eta_seconds": (config.steps - steps_done) * per_step if per_step and state.phase == "training" else None,
+            "round": state.rounds,
+            "bytes_per_token": sent / tokens if tokens else None,
+            "dense_bytes_per_token": dense / tokens if tokens else None,
+            "traffic": traffic,
+            "stages": [
+                {
+                    "stage": i,
+                    "first_layer": a,
+                    "last_layer": b - 1,
+                    "parameters": n,
+                    "replicas": [r.peer for r in state.plan.stages[i].replicas] if state.plan else [],
+                }
+                for i, ((a, b), n) in enumerate(zip(self.rules.layers, counts, strict=True))
+            ],
+            "peers": [self._peer(m.peer) for m in state.members.values()],
+            "rounds": list(reversed(self._rounds)),
+            "events": list(reversed(self._events))[:40],
+            "published": self.published,
+            "samples_text": self.samples_text,
+        }
+
+    def _peer(self, peer: str) -> dict[str, Any]:
+        state, member = self._state, self._state.members[peer]
+        place = state.plan.places.get(peer) if state.plan else None
+        shown = "leaving" if member.leaving else member.state
+        if state.phase == "preparing" and place and state.plan and member.ready != state.plan.generation:
+            shown = "loading"
+        elif place is None:
+            shown = "waiting"
+        figures = self._figures.get(peer, PeerFigures())
+        totals = {"in": 0, "out": 0}
+        for (owner, _, _, direction), (nbytes, _) in self._traffic.items():
+            if owner == peer:
+                totals[direction] = totals.get(direction, 0) + nbytes
+        return {
+            "id": peer,
+            "name": member.name,
+            "stage": place[0] if place else None,
+            "state": shown,
+            "samples": figures.samples,
+            "sent": totals["out"],
+            "received": totals["in"],
+            "last_seen": member.last_seen,
+            "seconds_per_step": figures.seconds_per_step,
+            "device": member.device,
+        }
+
+    def _speed(self, train: list[dict[str, Any]]) -> float | None:
+        recent = [p for p in train if p["time"] >= time.time() - RATE_SECONDS]
+        if len(recent) < 2 or recent[-1]["time"] <= recent[0]["time"]:
+            return None
+        return (recent[-1]["tokens"] - recent[0]["tokens"]) / (recent[-1]["time"] - recent[0]["time"])
+
+    def _by_purpose(self) -> list[dict[str, Any]]:
+        totals: dict[str, tuple[int, int]] = {}
+        for (_, _, purpose, direction), (nbytes, dense) in self._traffic.items():
+            if direction == "out" or purpose == "data":  # data comes from the coordinator, which keeps no meter
+                old = totals.get(purpose, (0, 0))
+                totals[purpose] = (old[0] + nbytes, old[1] + dense)
+        return [
+            {"purpose": p, "nbytes": n, "dense_nbytes": d if p in COMPRESSED else n}
+            for p, (n, d) in sorted(totals.items())
+        ]
+
+
+def round_row(
+    number: int, step: int, replicas: int, samples: int, nbytes: int, seconds: float, committed: float
+) -> dict[str, Any]:
+    return {
+        "round": number,
+        "step": step,
+        "replicas": replicas,
+        "samples": samples,
+        "agree": True,  # a round whose replicas differ is refused, not committed
+        "nbytes": nbytes,
+        "seconds": seconds,
+        "committed": committed,
+        "degraded": False,
+    }
+
+
+def smoothed(values: Sequence[float]) -> float | None:
+    """Exponential mean of the newest values."""
+    mean: float | None = None
+    for value in values:
+        mean = value if mean is None else 0.9 * mean + 0.1 * value
+    return mean

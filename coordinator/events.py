@@ -1,0 +1,172 @@
+"""Everything that happens to a run, as typed events, each with its one line for people.
+
+Log, dashboard and history are folds of these; nothing parses text back.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class Event(Struct, frozen=True, kw_only=True, tag=True):
+    """Base: ``text`` is the line that a person reads."""
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+    @property
+    def text(self) -> str:
+        raise NotImplementedError
+
+
+class RunOpened(Event):
+    name: str
+    step: int
+
+    @property
+    def text(self) -> str:
+        return f"Run {self.name} opened" + (f" again at step {self.step}" if self.step else "")
+
+
+class PeerJoined(Event):
+    peer: str
+    name: str
+    device: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} joined ({self.device})"
+
+
+class PeerLeaving(Event):
+    peer: str
+    name: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} wants to leave: it finishes its step and hands over"
+
+
+class PeerGone(Event):
+    peer: str
+    name: str
+    graceful: bool
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} left" if self.graceful else f"{self.name} is lost: no word from it"
+
+
+class PlanIssued(Event):
+    generation: int
+    step: int
+    origin: str
+    stages: tuple[tuple[str, ...], ...]  # names of the replicas
+
+    @property
+    def text(self) -> str:
+        rows = "; ".join(f"stage {i}: {', '.join(names)}" for i, names in enumerate(self.stages))
+        return f"Plan {self.generation} from step {self.step}: {rows}"
+
+
+class Waiting(Event):
+    why: str
+
+    @property
+    def text(self) -> str:
+        return f"Waiting: {self.why}"
+
+
+class TrainingStarted(Event):
+    generation: int
+    step: int
+
+    @property
+    def text(self) -> str:
+        return f"Training goes on from step {self.step}" if self.step else "Training starts"
+
+
+class RoundCommitted(Event):
+    round: int
+    step: int
+    replicas: int
+    samples: int
+    nbytes: int
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        return f"Round {self.round} committed at step {self.step}: {self.samples} samples, all replicas agree"
+
+
+class RoundRefused(Event):
+    step: int
+    peers: tuple[str, ...]
+    why: str
+
+    @property
+    def text(self) -> str:
+        who = ", ".join(self.peers) or "nobody in particular"
+        return f"Round at step {self.step} refused ({self.why}): {who} must take the state over anew"
+
+
+class RolledBack(Event):
+    step: int
+    why: str
+
+    @property
+    def text(self) -> str:
+        return f"Back to step {self.step}, the last committed round: {self.why}"
+
+
+class HeldOut(Event):
+    step: int
+    loss: float
+
+    @property
+    def text(self) -> str:
+        return f"Held-out loss {self.loss:.4f} at step {self.step}"
+
+
+class Published(Event):
+    step: int
+    path: str
+
+    @property
+    def text(self) -> str:
+        return f"Model of step {self.step} published"
+
+
+class Faulted(Event):
+    peer: str
+    name: str
+    what: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} reports: {self.what}"
+
+
+class Stopping(Event):
+    step: int
+
+    @property
+    def text(self) -> str:
+        return f"Stopping after step {self.step}: workers save their state"
+
+
+class Stopped(Event):
+    step: int
+
+    @property
+    def text(self) -> str:
+        return f"Stopped at step {self.step}; start the coordinator again to go on"
+
+
+class Finished(Event):
+    step: int
+
+    @property
+    def text(self) -> str:
+        return f"Finished: {self.step} steps are done and published"

@@ -1,0 +1,143 @@
+"""A published model: the stages' tensors as shards of one checkpoint folder that stock transformers loads.
+
+No tensor is read here: a stage's upload is already a safetensors file under the checkpoint's names, so publishing
+is an index, a configuration and the tokenizer beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from ..protocol.config import RunConfig
+from ..protocol.errors import StateError, WireError
+from ..protocol.manifest import Manifest
+from ..protocol.plan import stage_parameters
+
+HEADER_LIMIT = 1 << 20  # of a safetensors file, in bytes
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file; ``WireError`` if it is not one."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= HEADER_LIMIT:
+                raise WireError("not a safetensors file")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError):
+        raise WireError("not a safetensors file") from None
+    if not isinstance(header, dict):
+        raise WireError("not a safetensors file")
+    return header
+
+
+def hf_config(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+    """``config.json`` of the published model."""
+    model = config.model
+    return {
+        "architectures": ["GPTJForCausalLM"],
+        "model_type": "gptj",
+        "vocab_size": manifest.vocab_size,
+        "n_positions": model.seq_len,
+        "n_embd": model.d_model,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "rotary_dim": model.rotary_dim,
+        "activation_function": "gelu_new",
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "bos_token_id": manifest.eos_id,
+        "eos_token_id": manifest.eos_id,
+        "dtype": "float32",
+        "use_cache": True,
+    }
+
+
+class Publisher:
+    """Collects the stages of a round and makes the folder when all are there."""
+
+    def __init__(
+        self,
+        folder: Path,
+        corpus: Path,
+        config: RunConfig,
+        manifest: Manifest,
+        layers: tuple[tuple[int, int], ...],
+        done: Callable[[int, Path], Awaitable[None]],
+    ) -> None:
+        self.folder, self.corpus, self.config, self.manifest = folder, corpus, config, manifest
+        self.layers, self._done = layers, done
+        self._arrived: dict[int, set[int]] = {}
+
+    def stage_nbytes(self, stage: int) -> int:
+        """Most bytes that a stage's file may have: fp32 tensors and a header."""
+        first, last = self.layers[stage]
+        model = self.config.model
+        count = stage_parameters(
+            first, last, model.layers, d_model=model.d_model, vocab_size=self.manifest.vocab_size
+        )
+        return 4 * count + HEADER_LIMIT
+
+    def part(self, step: int, stage: int) -> Path:
+        """Where a stage's upload is written while it comes in."""
+        folder = self._work(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{self.file(stage)}.part"
+
+    def file(self, stage: int) -> str:
+        return f"model-{stage + 1:05d}-of-{len(self.layers):05d}.safetensors"
+
+    def path(self, step: int) -> Path:
+        """The folder of a published step."""
+        return self.folder / f"step-{step:08d}"
+
+    def _work(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}"
+
+    async def arrived(self, step: int, stage: int) -> None:
+        """A stage is complete on disk; with the last one the model is published."""
+        part = self.part(step, stage)
+        read_header(part)
+        part.replace(part.with_suffix(""))
+        stages = self._arrived.setdefault(step, set())
+        stages.add(stage)
+        if len(stages) == len(self.layers):
+            try:
+                target = self._assemble(step)
+            except OSError as error:
+                raise StateError(f"{self.folder}: {error}", hint="Free some space or mend its rights.") from None
+            del self._arrived[step]
+            await self._done(step, target)
+
+    def _assemble(self, step: int) -> Path:
+        work, target = self._work(step), self.path(step)
+        index: dict[str, str] = {}
+        total = 0
+        for stage in range(len(self.layers)):
+            for name, entry in read_header(work / self.file(stage)).items():
+                if name != "__metadata__":
+                    index[name] = self.file(stage)
+                    total += entry["data_offsets"][1] - entry["data_offsets"][0]
+        write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+        write_json(work / "config.json", hf_config(self.config, self.manifest))
+        ids = {"bos_token_id": self.manifest.eos_id, "eos_token_id": self.manifest.eos_id}
+        write_json(work / "generation_config.json", ids)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(self.corpus / name, work / name)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(work, target)
+        return target
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,238 @@
+"""``potluck coordinator up``: the corpus, the store, the servers and the hub, from start to an orderly stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ..protocol import control_pb2 as pb
+from ..protocol.config import RunConfig
+from ..protocol.errors import ConfigError, StateError
+from ..protocol.manifest import TOKENS_FILE, Manifest
+from ..protocol.plan import split_layers, stage_parameters
+from ..protocol.ticket import Ticket
+from ..protocol.tls import Certificate, join_address, start_server
+from . import corpus, web
+from .assignment import StageNeed
+from .board import Board
+from .doors import Doors
+from .events import RunOpened
+from .hub import Hub
+from .publish import Publisher
+from .state import Journal, Mark, Rules, RunState, Uploaded
+from .store import Store
+
+log = logging.getLogger(__name__)
+BYTES_PER_PARAMETER = 32  # fp32 weights, reference, gradient, two moments, and copies for a round and to go back to
+GIGABYTE = 1e9
+STOP_SECONDS = 60.0
+
+
+def rules_of(config: RunConfig, manifest: Manifest) -> Rules:
+    """What the state machine needs to know of a run."""
+    model = config.model
+    layers = split_layers(
+        model.layers, config.pipeline.stages, d_model=model.d_model, vocab_size=manifest.vocab_size
+    )
+    needs = []
+    for first, last in layers:
+        n = stage_parameters(first, last, model.layers, d_model=model.d_model, vocab_size=manifest.vocab_size)
+        work = (last - first) * 12 * model.d_model**2
+        work += model.d_model * manifest.vocab_size if last == model.layers else 0
+        needs.append(StageNeed(work=work, memory_gb=n * BYTES_PER_PARAMETER / GIGABYTE))
+    return Rules(
+        name=config.name,
+        seed=config.seed,
+        steps=config.steps,
+        layers=tuple(layers),
+        needs=tuple(needs),
+        microbatches=config.pipeline.microbatches,
+        microbatch_size=config.pipeline.microbatch_size,
+        sync=config.sync.resolved(),
+        eval=config.eval,
+        publish_rounds=config.checkpoint.publish_rounds,
+        wait_for=config.coordinator.wait_for,
+        lease_seconds=config.coordinator.lease_seconds,
+        patience_seconds=config.coordinator.patience_seconds,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A coordinator that is up."""
+
+    hub: Hub
+    board: Board
+    ticket: str
+    page: str
+    address: str
+
+
+@asynccontextmanager
+async def running(
+    config: RunConfig, data_dir: Path, progress: Callable[[str, float], None] | None = None
+) -> AsyncIterator[Running]:
+    """Everything a coordinator is, on its addresses. Leaving the block stops it at once: ask the hub first."""
+    folder = corpus_folder(data_dir)
+    manifest = await asyncio.to_thread(
+        corpus.prepare,
+        config.data.source,
+        folder,
+        vocab_size=config.data.vocab_size,
+        seq_len=config.model.seq_len,
+        heldout_share=config.data.heldout_share,
+        seed=config.seed,
+        progress=progress,
+    )
+    rules = rules_of(config, manifest)
+    store = Store(data_dir / "run.sqlite")
+    run_id, secret, state = open_run(store, config, manifest)
+    certificate = Certificate.load_or_create(data_dir)
+    board = Board(config, rules, run_id, manifest.vocab_size, store)
+    hub = Hub(rules, state, store, board)
+
+    async def published(step: int, path: Path) -> None:
+        board.publish(path.name)
+        hub.put(Uploaded(step=step, path=str(path)))
+
+    publisher = Publisher(data_dir / "checkpoints", folder, config, manifest, rules.layers, published)
+    doors = Doors(
+        hub,
+        run_id=run_id,
+        secret=secret,
+        fingerprint=certificate.fingerprint,
+        welcome=pb.Welcome(
+            config=msgspec.json.encode(config).decode(), manifest=msgspec.json.encode(manifest).decode()
+        ),
+        blobs={manifest.tokens_sha256: folder / TOKENS_FILE},
+        publisher=publisher,
+    )
+    place = config.coordinator
+    port = place.port or store.meta("port", 0)
+    try:
+        server, port = await start_server(place.host, port, doors.handlers(), certificate)
+    except Exception:
+        if place.port or not port:
+            store.close()
+            raise
+        server, port = await start_server(place.host, 0, doors.handlers(), certificate)
+    store.set_meta(port=port)
+    try:
+        page, http_port = await web.serve(web.app(board), place.host, place.http_port)
+    except Exception:
+        await server.stop(None)
+        store.close()
+        raise
+    await hub.read(store.write, [Journal(event=RunOpened(name=config.name, step=state.committed.step))], time.time())
+    await hub.start()
+    address = advertised(place.advertise, place.host, port)
+    ticket = Ticket(
+        url=address,
+        fingerprint=certificate.fingerprint,
+        run=run_id,
+        secret=secret,
+        expires=int(time.time() + place.ticket_hours * 3600),
+    )
+    try:
+        yield Running(
+            hub=hub,
+            board=board,
+            ticket=ticket.encode(),
+            page=f"http://{join_address(shown(place.host), http_port)}/",
+            address=address,
+        )
+    finally:
+        with contextlib.suppress(Exception):
+            await page.close()
+        for line in list(hub.lines.values()):
+            line.close()
+        await server.stop(1.0)
+        await hub.close()
+
+
+def open_run(store: Store, config: RunConfig, manifest: Manifest) -> tuple[str, str, RunState]:
+    """The run in this data directory: a new one, or the one that was there, from where it stood."""
+    known = store.meta("config")
+    mine = msgspec.to_builtins(config)
+    if known is None:
+        run_id, secret = secrets.token_hex(8), secrets.token_urlsafe(24)
+        store.set_meta(config=mine, manifest=msgspec.to_builtins(manifest), run_id=run_id, secret=secret)
+        return run_id, secret, RunState(since=time.time())
+    fixed = ("name", "seed", "model", "data", "pipeline", "activations", "optimizer", "sync")
+    for key in fixed:
+        if known.get(key) != mine[key]:
+            raise ConfigError(
+                f"run.yaml's `{key}` is not what this run was started with",
+                hint=f"Put it back, or start a new run with another --data-dir (this one: {store.path.parent}).",
+            )
+    if store.meta("manifest")["tokens_sha256"] != manifest.tokens_sha256:
+        raise StateError(
+            "the corpus is not the one this run was started with",
+            hint="Restore its text, or start a new run with another --data-dir.",
+        )
+    store.set_meta(config=mine)
+    marks = store.marks()
+    rounds = store.rows("SELECT COALESCE(MAX(round), 0) FROM rounds")[0][0]
+    evaluated = store.rows("SELECT COALESCE(MAX(step), -1) FROM points WHERE heldout IS NOT NULL")[0][0]
+    committed = marks[0] if marks else Mark(kind="init", generation=0, step=0, sample=0)
+    published = sorted((store.path.parent / "checkpoints").glob("step-*"))
+    state = RunState(
+        since=time.time(),
+        generation=store.meta("generation", 0),
+        committed=committed,
+        marks=tuple(marks[1:]),
+        stop=store.stop_mark(),
+        rounds=rounds,
+        evaluated=evaluated,
+        published=int(published[-1].name.removeprefix("step-")) if published else -1,
+    )
+    return store.meta("run_id"), store.meta("secret"), state
+
+
+async def stop(up: Running, seconds: float = STOP_SECONDS) -> str:
+    """Asks for an orderly stop and waits for it; returns the phase reached."""
+    up.hub.stop()
+    try:
+        async with asyncio.timeout(seconds):
+            phase = await up.hub.until_phase("stopped", "finished")
+            await asyncio.sleep(0.5)  # the last views leave
+            return phase
+    except TimeoutError:
+        return up.hub.state.phase
+
+
+def corpus_folder(data_dir: Path) -> Path:
+    return data_dir / "corpus"
+
+
+def shown(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+
+
+def advertised(advertise: str, host: str, port: int) -> str:
+    """What workers dial: the configured name, or this machine's address on its network."""
+    if advertise:
+        name, _, own_port = advertise.rpartition(":")
+        return advertise if name and own_port.isdigit() else f"{advertise}:{port}"
+    with contextlib.suppress(ValueError):
+        if not ipaddress.ip_address(host).is_unspecified:
+            return join_address(host, port)
+    if host not in ("", "0.0.0.0", "::"):
+        return join_address(host, port)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: asks the routing table which address it would use
+            return join_address(probe.getsockname()[0], port)
+        except OSError:
+            return join_address("127.0.0.1", port)

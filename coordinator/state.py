@@ -1,0 +1,224 @@
+"""The coordinator's state, what can happen to it, and what it orders: plain frozen data for :mod:`.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..protocol import control_pb2 as pb
+from ..protocol.config import EvalConfig, Sync
+from ..protocol.plan import Plan, Replica, SavePoint
+from .assignment import StageNeed
+from .events import Event
+
+Phase = Literal["waiting", "preparing", "training", "finishing", "finished", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What the configuration fixes for the whole run."""
+
+    name: str
+    seed: int
+    steps: int
+    layers: tuple[tuple[int, int], ...]  # of each stage, [first, last)
+    needs: tuple[StageNeed, ...]
+    microbatches: int
+    microbatch_size: int
+    sync: Sync
+    eval: EvalConfig
+    publish_rounds: int
+    wait_for: int
+    lease_seconds: float
+    patience_seconds: float
+    settle_seconds: float = 1.0  # after the last join, before a plan is made for it
+    lease_ahead: int = 2  # steps granted beyond the slowest peer
+    silence_seconds: float = 20.0  # without a word, before a peer counts as lost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A peer with an open control stream."""
+
+    peer: str
+    name: str
+    device: str = "cpu"
+    memory_gb: float = 1.0
+    speed: float = 1.0
+    addresses: tuple[str, ...] = ()
+    session: bytes = b""
+    savepoints: frozenset[SavePoint] = frozenset()
+    joined: float = 0.0
+    last_seen: float = 0.0
+    leaving: bool = False
+    ready: int = 0  # generation it is ready for
+    step: int = 0  # steps done in the current generation
+    state: str = "waiting"
+
+    @property
+    def replica(self) -> Replica:
+        return Replica(peer=self.peer, addresses=self.addresses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A point that the whole run can start from: a committed round, or a stop between two rounds.
+
+    ``holders``: for a stop, the peers of each stage (each holds its own part); for a round, empty (any holder does).
+    """
+
+    kind: Literal["init", "round", "step"]
+    generation: int
+    step: int
+    sample: int
+    digests: tuple[bytes, ...] = ()
+    holders: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Everything the coordinator decides from. Replaced, never changed."""
+
+    phase: Phase = "waiting"
+    note: str = ""
+    since: float = 0.0  # when the phase began
+    members: Mapping[str, Member] = field(default_factory=dict)
+    generation: int = 0
+    plan: Plan | None = None
+    until: int = 0
+    end: int | None = None
+    closing: Literal["", "round", "save"] = ""
+    committed: Mark = Mark(kind="init", generation=0, step=0, sample=0)
+    marks: tuple[Mark, ...] = ()  # older committed rounds, newest first
+    stop: Mark | None = None
+    rounds: int = 0
+    stop_asked: bool = False
+    publish: int | None = None
+    published: int = -1
+    evaluated: int = -1
+    last_join: float = 0.0
+    leased_at: Mapping[int, float] = field(default_factory=dict)  # step -> when its leases expire
+    losses: Mapping[int, Mapping[str, pb.StepDone]] = field(default_factory=dict)
+    rounds_done: Mapping[int, Mapping[str, pb.RoundDone]] = field(default_factory=dict)
+    evals: Mapping[int, Mapping[str, pb.EvalDone]] = field(default_factory=dict)
+
+
+# What can happen.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    member: Member
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gone:
+    """A peer's stream has ended."""
+
+    peer: str
+    session: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    peer: str
+    report: pb.Up
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True)
+class StopAsked:
+    """The operator wants to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uploaded:
+    """Every stage of a published round is on disk, under ``path``."""
+
+    step: int
+    path: str
+
+
+Input = Joined | Gone | Said | Tick | StopAsked | Uploaded
+
+# What to do about it. The shell carries these out in order, on disk first; views follow from the state alone.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    event: Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """A range of sample indices for one first-stage replica, in one step of one generation."""
+
+    generation: int
+    step: int
+    peer: str
+    first: int
+    count: int
+    expires: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReturnLeases:
+    """All samples leased but not committed go back to the pool."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """A round is in the weights of every stage."""
+
+    mark: Mark
+    round: int
+    replicas: int
+    samples: int
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uncommit:
+    """Committed rounds after ``step`` exist nowhere any more: their samples go back to the pool."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remember:
+    """The stop mark (None: forget it) and the generation, for the next start."""
+
+    generation: int
+    stop: Mark | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A point of the loss curve."""
+
+    step: int
+    tokens_samples: int
+    train: float | None = None
+    heldout: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dismiss:
+    """A peer is refused or cut off."""
+
+    peer: str
+    session: bytes
+    code: str
+    text: str
+    hint: str
+
+
+Command = Journal | Lease | ReturnLeases | Commit | Uncommit | Remember | Point | Dismiss

@@ -1,0 +1,188 @@
+"""The run on disk: one SQLite file, one writer, everything of a batch in one durable transaction.
+
+WAL with ``synchronous=FULL``: what :meth:`Store.write` returned from is there after a power cut. Reports are
+acknowledged and views sent only then.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..protocol.errors import StateError
+from .state import Command, Commit, Journal, Lease, Mark, Point, Remember, ReturnLeases, Uncommit
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS ledger (
+    id INTEGER PRIMARY KEY, generation INTEGER NOT NULL, step INTEGER NOT NULL, peer TEXT NOT NULL,
+    first INTEGER NOT NULL, count INTEGER NOT NULL, state TEXT NOT NULL, round INTEGER, reason TEXT,
+    expires REAL NOT NULL, changed REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS ledger_by_state ON ledger (state, step);
+CREATE TABLE IF NOT EXISTS rounds (
+    step INTEGER PRIMARY KEY, round INTEGER NOT NULL, generation INTEGER NOT NULL, sample INTEGER NOT NULL,
+    digests TEXT NOT NULL, replicas INTEGER NOT NULL, samples INTEGER NOT NULL, nbytes INTEGER NOT NULL,
+    seconds REAL NOT NULL, committed REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS points (
+    id INTEGER PRIMARY KEY, step INTEGER NOT NULL, samples INTEGER NOT NULL, time REAL NOT NULL,
+    train REAL, heldout REAL);
+CREATE TABLE IF NOT EXISTS peers (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, device TEXT NOT NULL, first_seen REAL NOT NULL,
+    last_seen REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS traffic (
+    peer TEXT NOT NULL, session TEXT NOT NULL, purpose TEXT NOT NULL, direction TEXT NOT NULL,
+    nbytes INTEGER NOT NULL, dense_nbytes INTEGER NOT NULL,
+    PRIMARY KEY (peer, session, purpose, direction)) WITHOUT ROWID;
+"""
+
+
+class Store:
+    """Not thread-safe: one thread owns it. Every method raises ``StateError`` when the disk refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(SCHEMA)
+        except (sqlite3.Error, OSError) as error:
+            raise self._refused(error) from None
+
+    def close(self) -> None:
+        self._db.close()
+
+    # Writing.
+
+    def write(self, commands: Iterable[Command], now: float, extra: Sequence[tuple[str, Sequence[Any]]] = ()) -> None:
+        """Carries out what touches the disk, all or nothing, and returns when it is durable."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for command in commands:
+                self._write(command, now)
+            for sql, values in extra:
+                self._db.execute(sql, values)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise self._refused(error) from None
+
+    def _write(self, command: Command, now: float) -> None:
+        run = self._db.execute
+        match command:
+            case Journal(event=event):
+                data = json.dumps(msgspec.to_builtins(event))
+                run("INSERT INTO events (time, kind, data, text) VALUES (?,?,?,?)", (now, event.kind, data, event.text))
+            case Lease():
+                values = (command.generation, command.step, command.peer, command.first, command.count)
+                run(
+                    "INSERT INTO ledger (generation, step, peer, first, count, state, expires, changed)"
+                    " VALUES (?,?,?,?,?,'leased',?,?)",
+                    (*values, command.expires, now),
+                )
+            case ReturnLeases(reason=reason):
+                run("UPDATE ledger SET state='returned', reason=?, changed=? WHERE state='leased'", (reason, now))
+            case Commit(mark=mark):
+                run(
+                    "UPDATE ledger SET state='committed', round=?, changed=? WHERE state='leased' AND step < ?",
+                    (command.round, now, mark.step),
+                )
+                digests = json.dumps([d.hex() for d in mark.digests])
+                run(
+                    "INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)",
+                    (mark.step, command.round, mark.generation, mark.sample, digests, command.replicas)
+                    + (command.samples, command.nbytes, command.seconds, now),
+                )
+            case Uncommit(step=step):
+                run(
+                    "UPDATE ledger SET state='returned', reason='its round is lost', changed=?"
+                    " WHERE state IN ('committed', 'leased') AND step >= ?",
+                    (now, step),
+                )
+                run("DELETE FROM rounds WHERE step > ?", (step,))
+            case Remember(generation=generation, stop=stop):
+                self._set("generation", generation)
+                self._set("stop", None if stop is None else mark_to_json(stop))
+            case Point():
+                run(
+                    "INSERT INTO points (step, samples, time, train, heldout) VALUES (?,?,?,?,?)",
+                    (command.step, command.tokens_samples, now, command.train, command.heldout),
+                )
+
+    def set_meta(self, **values: Any) -> None:
+        """Stores JSON values by name."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for key, value in values.items():
+                self._set(key, value)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._refused(error) from None
+
+    def _set(self, key: str, value: Any) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (key, json.dumps(value)))
+
+    # Reading.
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._refused(error) from None
+
+    def meta(self, key: str, default: Any = None) -> Any:
+        found = self.rows("SELECT value FROM meta WHERE key=?", (key,))
+        return json.loads(found[0][0]) if found else default
+
+    def marks(self, limit: int = 50) -> list[Mark]:
+        """Committed rounds, newest first."""
+        rows = self.rows("SELECT generation, step, sample, digests FROM rounds ORDER BY step DESC LIMIT ?", (limit,))
+        return [
+            Mark(kind="round", generation=g, step=s, sample=n, digests=tuple(map(bytes.fromhex, json.loads(d))))
+            for g, s, n, d in rows
+        ]
+
+    def stop_mark(self) -> Mark | None:
+        stored = self.meta("stop")
+        return None if stored is None else mark_from_json(stored)
+
+    def ledger_counts(self) -> dict[str, int]:
+        """Samples by ledger state."""
+        return dict(self.rows("SELECT state, SUM(count) FROM ledger GROUP BY state"))  # type: ignore[arg-type]
+
+    def _refused(self, error: Exception) -> StateError:
+        text = str(error)
+        if "full" in text:
+            return StateError(f"{self.path}: the disk is full", hint="Free some space and start again: nothing acknowledged is lost.")
+        return StateError(f"{self.path}: {text}", hint="Check that the folder exists and may be written.")
+
+
+def mark_to_json(mark: Mark) -> dict[str, Any]:
+    return {
+        "kind": mark.kind,
+        "generation": mark.generation,
+        "step": mark.step,
+        "sample": mark.sample,
+        "digests": [d.hex() for d in mark.digests],
+        "holders": [list(h) for h in mark.holders],
+    }
+
+
+def mark_from_json(data: dict[str, Any]) -> Mark:
+    return Mark(
+        kind=data["kind"],
+        generation=data["generation"],
+        step=data["step"],
+        sample=data["sample"],
+        digests=tuple(map(bytes.fromhex, data["digests"])),
+        holders=tuple(tuple(h) for h in data["holders"]),
+    )

@@ -1,0 +1,331 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Up(_message.Message):
+    __slots__ = ("seq", "hello", "ready", "step_done", "round_done", "eval_done", "saved", "leaving", "fault", "heartbeat")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    STEP_DONE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_DONE_FIELD_NUMBER: _ClassVar[int]
+    EVAL_DONE_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    hello: Hello
+    ready: Ready
+    step_done: StepDone
+    round_done: RoundDone
+    eval_done: EvalDone
+    saved: Saved
+    leaving: Leaving
+    fault: Fault
+    heartbeat: Heartbeat
+    def __init__(self, seq: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_done: _Optional[_Union[RoundDone, _Mapping]] = ..., eval_done: _Optional[_Union[EvalDone, _Mapping]] = ..., saved: _Optional[_Union[Saved, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+
+class Down(_message.Message):
+    __slots__ = ("challenge", "welcome", "refuse", "view", "ack")
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    REFUSE_FIELD_NUMBER: _ClassVar[int]
+    VIEW_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    challenge: Challenge
+    welcome: Welcome
+    refuse: Refuse
+    view: View
+    ack: Ack
+    def __init__(self, challenge: _Optional[_Union[Challenge, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., view: _Optional[_Union[View, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ...) -> None: ...
+
+class Challenge(_message.Message):
+    __slots__ = ("nonce",)
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    def __init__(self, nonce: _Optional[bytes] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("protocol", "version", "run", "public_key", "signature", "secret_proof", "name", "device", "memory_gb", "speed", "addresses", "savepoints", "session")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    SECRET_PROOF_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_GB_FIELD_NUMBER: _ClassVar[int]
+    SPEED_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    SAVEPOINTS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    version: str
+    run: str
+    public_key: bytes
+    signature: bytes
+    secret_proof: bytes
+    name: str
+    device: str
+    memory_gb: float
+    speed: float
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    savepoints: _containers.RepeatedCompositeFieldContainer[SavePoint]
+    session: bytes
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., run: _Optional[str] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., secret_proof: _Optional[bytes] = ..., name: _Optional[str] = ..., device: _Optional[str] = ..., memory_gb: _Optional[float] = ..., speed: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., savepoints: _Optional[_Iterable[_Union[SavePoint, _Mapping]]] = ..., session: _Optional[bytes] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("peer_id", "config", "manifest", "token", "acked")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ACKED_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    config: str
+    manifest: str
+    token: bytes
+    acked: int
+    def __init__(self, peer_id: _Optional[str] = ..., config: _Optional[str] = ..., manifest: _Optional[str] = ..., token: _Optional[bytes] = ..., acked: _Optional[int] = ...) -> None: ...
+
+class Refuse(_message.Message):
+    __slots__ = ("code", "text", "hint")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    text: str
+    hint: str
+    def __init__(self, code: _Optional[str] = ..., text: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
+
+class Ack(_message.Message):
+    __slots__ = ("seq",)
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    def __init__(self, seq: _Optional[int] = ...) -> None: ...
+
+class SavePoint(_message.Message):
+    __slots__ = ("kind", "generation", "step", "first_layer", "last_layer", "digest")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    generation: int
+    step: int
+    first_layer: int
+    last_layer: int
+    digest: bytes
+    def __init__(self, kind: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class Replica(_message.Message):
+    __slots__ = ("peer", "addresses")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, peer: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Stage(_message.Message):
+    __slots__ = ("first_layer", "last_layer", "replicas", "donors")
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    DONORS_FIELD_NUMBER: _ClassVar[int]
+    first_layer: int
+    last_layer: int
+    replicas: _containers.RepeatedCompositeFieldContainer[Replica]
+    donors: _containers.RepeatedCompositeFieldContainer[Replica]
+    def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., donors: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("generation", "first_step", "first_sample", "origin", "origin_generation", "stages", "microbatches", "microbatch_size")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    first_step: int
+    first_sample: int
+    origin: str
+    origin_generation: int
+    stages: _containers.RepeatedCompositeFieldContainer[Stage]
+    microbatches: int
+    microbatch_size: int
+    def __init__(self, generation: _Optional[int] = ..., first_step: _Optional[int] = ..., first_sample: _Optional[int] = ..., origin: _Optional[str] = ..., origin_generation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., microbatches: _Optional[int] = ..., microbatch_size: _Optional[int] = ...) -> None: ...
+
+class View(_message.Message):
+    __slots__ = ("phase", "note", "plan", "until", "end", "closing", "committed", "publish", "publishing", "released")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    CLOSING_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    PUBLISH_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHING_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    phase: str
+    note: str
+    plan: Plan
+    until: int
+    end: int
+    closing: str
+    committed: int
+    publish: int
+    publishing: bool
+    released: bool
+    def __init__(self, phase: _Optional[str] = ..., note: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., until: _Optional[int] = ..., end: _Optional[int] = ..., closing: _Optional[str] = ..., committed: _Optional[int] = ..., publish: _Optional[int] = ..., publishing: _Optional[bool] = ..., released: _Optional[bool] = ...) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("generation", "digest")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    digest: bytes
+    def __init__(self, generation: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class StepDone(_message.Message):
+    __slots__ = ("generation", "step", "samples", "loss_sum", "targets", "compute_seconds", "wait_seconds")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    step: int
+    samples: int
+    loss_sum: float
+    targets: int
+    compute_seconds: float
+    wait_seconds: float
+    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., samples: _Optional[int] = ..., loss_sum: _Optional[float] = ..., targets: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
+
+class RoundDone(_message.Message):
+    __slots__ = ("generation", "step", "samples", "digest", "base_digest", "nbytes", "seconds")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    step: int
+    samples: int
+    digest: bytes
+    base_digest: bytes
+    nbytes: int
+    seconds: float
+    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., samples: _Optional[int] = ..., digest: _Optional[bytes] = ..., base_digest: _Optional[bytes] = ..., nbytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class EvalDone(_message.Message):
+    __slots__ = ("generation", "step", "loss_sum", "targets")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    step: int
+    loss_sum: float
+    targets: int
+    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., loss_sum: _Optional[float] = ..., targets: _Optional[int] = ...) -> None: ...
+
+class Saved(_message.Message):
+    __slots__ = ("generation", "savepoint")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SAVEPOINT_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    savepoint: SavePoint
+    def __init__(self, generation: _Optional[int] = ..., savepoint: _Optional[_Union[SavePoint, _Mapping]] = ...) -> None: ...
+
+class Leaving(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Fault(_message.Message):
+    __slots__ = ("generation", "text", "peer")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    text: str
+    peer: str
+    def __init__(self, generation: _Optional[int] = ..., text: _Optional[str] = ..., peer: _Optional[str] = ...) -> None: ...
+
+class Traffic(_message.Message):
+    __slots__ = ("peer", "direction", "purpose", "nbytes", "dense_nbytes")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    direction: str
+    purpose: str
+    nbytes: int
+    dense_nbytes: int
+    def __init__(self, peer: _Optional[str] = ..., direction: _Optional[str] = ..., purpose: _Optional[str] = ..., nbytes: _Optional[int] = ..., dense_nbytes: _Optional[int] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ("traffic", "state")
+    TRAFFIC_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    traffic: _containers.RepeatedCompositeFieldContainer[Traffic]
+    state: str
+    def __init__(self, traffic: _Optional[_Iterable[_Union[Traffic, _Mapping]]] = ..., state: _Optional[str] = ...) -> None: ...
+
+class BlobRequest(_message.Message):
+    __slots__ = ("token", "name", "offset")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    name: str
+    offset: int
+    def __init__(self, token: _Optional[bytes] = ..., name: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Piece(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class UploadPiece(_message.Message):
+    __slots__ = ("token", "step", "stage", "nbytes", "sha256", "data")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    step: int
+    stage: int
+    nbytes: int
+    sha256: bytes
+    data: bytes
+    def __init__(self, token: _Optional[bytes] = ..., step: _Optional[int] = ..., stage: _Optional[int] = ..., nbytes: _Optional[int] = ..., sha256: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UploadResult(_message.Message):
+    __slots__ = ("ok", "text")
+    OK_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    ok: bool
+    text: str
+    def __init__(self, ok: _Optional[bool] = ..., text: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,213 @@
+"""The plan of a generation: who holds which layers, and, as pure functions of it, who serves what in which step.
+
+A *generation* is the fencing epoch: it changes whenever anybody joins, leaves or dies, and messages of another
+generation are refused. Inside one, routes and sample indices depend on the plan alone, so nobody has to ask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from . import control_pb2 as pb
+from .errors import WireError
+
+OriginKind = Literal["init", "round", "step"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavePoint:
+    """A state somebody can start from: after ``step`` steps, made in ``generation``, of layers [first, last)."""
+
+    kind: Literal["round", "step"]
+    generation: int
+    step: int
+    first_layer: int
+    last_layer: int
+    digest: bytes = b""
+
+    def to_proto(self) -> pb.SavePoint:
+        return pb.SavePoint(
+            kind=self.kind,
+            generation=self.generation,
+            step=self.step,
+            first_layer=self.first_layer,
+            last_layer=self.last_layer,
+            digest=self.digest,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.SavePoint) -> SavePoint:
+        if message.kind not in ("round", "step"):
+            raise WireError(f"a savepoint of unknown kind {message.kind!r}")
+        return cls(
+            kind="round" if message.kind == "round" else "step",
+            generation=message.generation,
+            step=message.step,
+            first_layer=message.first_layer,
+            last_layer=message.last_layer,
+            digest=bytes(message.digest),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """A peer holding a stage, and where it can be dialled."""
+
+    peer: str
+    addresses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """Layers [first_layer, last_layer), the replicas that hold them, and the peers that hold the starting state."""
+
+    first_layer: int
+    last_layer: int
+    replicas: tuple[Replica, ...]
+    donors: tuple[Replica, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One generation's division of work. ``microbatches`` is per first-stage replica and step."""
+
+    generation: int
+    first_step: int
+    first_sample: int
+    origin: OriginKind
+    origin_generation: int
+    stages: tuple[StagePlan, ...]
+    microbatches: int
+    microbatch_size: int
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Peer id to (stage, replica index)."""
+        return {r.peer: (s, i) for s, stage in enumerate(self.stages) for i, r in enumerate(stage.replicas)}
+
+    @property
+    def peers(self) -> frozenset[str]:
+        return frozenset(self.places)
+
+    @property
+    def microbatches_per_step(self) -> int:
+        return self.microbatches * len(self.stages[0].replicas)
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.microbatches_per_step * self.microbatch_size
+
+    def replica_of(self, stage: int, microbatch: int) -> int:
+        """Index of the replica of ``stage`` that serves ``microbatch``: neighbours stay on one chain."""
+        return microbatch * len(self.stages[stage].replicas) // self.microbatches_per_step
+
+    def peer_of(self, stage: int, microbatch: int) -> str:
+        return self.stages[stage].replicas[self.replica_of(stage, microbatch)].peer
+
+    def served(self, stage: int, replica: int) -> list[int]:
+        """The microbatches of every step that this replica computes, in order."""
+        return [m for m in range(self.microbatches_per_step) if self.replica_of(stage, m) == replica]
+
+    def samples(self, step: int, microbatch: int) -> range:
+        """Global sample indices of a microbatch; every index below a step's end is used exactly once."""
+        start = self.first_sample_of(step) + microbatch * self.microbatch_size
+        return range(start, start + self.microbatch_size)
+
+    def first_sample_of(self, step: int) -> int:
+        """How many samples all steps before ``step`` have used."""
+        return self.first_sample + (step - self.first_step) * self.samples_per_step
+
+    def to_proto(self) -> pb.Plan:
+        def replicas(items: tuple[Replica, ...]) -> list[pb.Replica]:
+            return [pb.Replica(peer=r.peer, addresses=r.addresses) for r in items]
+
+        return pb.Plan(
+            generation=self.generation,
+            first_step=self.first_step,
+            first_sample=self.first_sample,
+            origin=self.origin,
+            origin_generation=self.origin_generation,
+            microbatches=self.microbatches,
+            microbatch_size=self.microbatch_size,
+            stages=[
+                pb.Stage(
+                    first_layer=s.first_layer,
+                    last_layer=s.last_layer,
+                    replicas=replicas(s.replicas),
+                    donors=replicas(s.donors),
+                )
+                for s in self.stages
+            ],
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.Plan) -> Plan:
+        """Raises ``WireError`` on a plan that nobody could follow."""
+        if message.origin not in ("init", "round", "step"):
+            raise WireError(f"a plan with unknown origin {message.origin!r}")
+        if not message.stages or not all(s.replicas for s in message.stages):
+            raise WireError("a plan with an empty stage")
+        if not message.microbatches or not message.microbatch_size:
+            raise WireError("a plan without microbatches")
+
+        def replicas(items: object) -> tuple[Replica, ...]:
+            return tuple(Replica(peer=r.peer, addresses=tuple(r.addresses)) for r in items)  # type: ignore[attr-defined]
+
+        return cls(
+            generation=message.generation,
+            first_step=message.first_step,
+            first_sample=message.first_sample,
+            origin=message.origin,  # type: ignore[arg-type]
+            origin_generation=message.origin_generation,
+            microbatches=message.microbatches,
+            microbatch_size=message.microbatch_size,
+            stages=tuple(
+                StagePlan(
+                    first_layer=s.first_layer,
+                    last_layer=s.last_layer,
+                    replicas=replicas(s.replicas),
+                    donors=replicas(s.donors),
+                )
+                for s in message.stages
+            ),
+        )
+
+
+def split_layers(layers: int, stages: int, *, d_model: int, vocab_size: int) -> list[tuple[int, int]]:
+    """Cuts ``layers`` into contiguous stages of nearly equal work.
+
+    Work is counted in multiply-adds per token: 12 d^2 for a block (its attention scores left out), d V for the
+    output head, nothing for the embedding's look-up. Returns [first, last) for each stage; the largest stage is as
+    small as it can be.
+    """
+    block = 12 * d_model * d_model
+    head = d_model * vocab_size
+    # best[s][n]: smallest possible maximum when the first n layers fill s stages.
+    best = [[float("inf")] * (layers + 1) for _ in range(stages + 1)]
+    cut = [[0] * (layers + 1) for _ in range(stages + 1)]
+    best[0][0] = 0.0
+    for s in range(1, stages + 1):
+        for n in range(s, layers + 1):
+            for k in range(s - 1, n):
+                cost = (n - k) * block + (head if s == stages and n == layers else 0)
+                worst = max(best[s - 1][k], cost)
+                if worst < best[s][n]:
+                    best[s][n], cut[s][n] = worst, k
+    ends = [layers]
+    for s in range(stages, 0, -1):
+        ends.append(cut[s][ends[-1]])
+    ends.reverse()
+    return list(zip(ends[:-1], ends[1:], strict=True))
+
+
+def stage_parameters(first: int, last: int, layers: int, *, d_model: int, vocab_size: int) -> int:
+    """Parameters of GPT-J layers [first, last) with what the first and the last stage hold besides."""
+    block = 4 * d_model**2 + 2 * 4 * d_model**2 + 4 * d_model + d_model + 2 * d_model
+    count = (last - first) * block
+    if first == 0:
+        count += vocab_size * d_model
+    if last == layers:
+        count += vocab_size * d_model + vocab_size + 2 * d_model
+    return count

@@ -1,0 +1,25 @@
+"""When things happen, as pure functions of (seed, step): nobody needs to be asked, all peers agree."""
+
+from __future__ import annotations
+
+import hashlib
+
+from .config import EvalConfig, Sync
+
+
+def draw(seed: int, *what: object) -> int:
+    """A 64-bit integer that depends on nothing but the seed and the name of the draw; the same on every machine."""
+    text = ":".join(str(part) for part in (seed, *what))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def is_round(sync: Sync, seed: int, step: int) -> bool:
+    """Whether the replicas of a stage exchange weights after ``step`` (0-based)."""
+    if sync.every is not None:
+        return (step + 1) % sync.every == 0
+    return draw(seed, "round", step) < (sync.coin or 0.0) * 2**64
+
+
+def is_eval(config: EvalConfig, steps: int, position: int) -> bool:
+    """Whether the held-out loss is measured when ``position`` steps are done."""
+    return position % config.every == 0 or position == steps

@@ -1,0 +1,305 @@
+"""The control stream: one long-lived connection to the coordinator, dialled again whenever it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from .. import __version__
+from ..protocol import control_pb2 as pb
+from ..protocol.errors import RefusedError, StateError, UnreachableError, WireError
+from ..protocol.frames import Purpose
+from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
+from ..protocol.identity import Identity
+from ..protocol.meter import Meter
+from ..protocol.plan import Plan, SavePoint
+from ..protocol.ticket import Ticket
+from ..protocol.tls import dial_pinned
+from .plan import View
+
+log = logging.getLogger(__name__)
+HEARTBEAT_SECONDS = 2.0
+PIECE_NBYTES = 256 * 1024
+COORDINATOR = "coordinator"
+BACKOFF_SECONDS = (0.5, 15.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What this machine brings."""
+
+    name: str
+    device: str
+    memory_gb: float
+    speed: float
+    addresses: tuple[str, ...]
+
+
+def view_from(message: pb.View) -> View:
+    """A view with its plan unpacked. ``WireError`` if it makes no sense."""
+    return View(
+        phase=message.phase,
+        note=message.note,
+        plan=Plan.from_proto(message.plan) if message.HasField("plan") else None,
+        until=message.until,
+        end=message.end,
+        closing=message.closing,
+        committed=message.committed,
+        publish=message.publish if message.publishing else None,
+        released=message.released,
+    )
+
+
+class Control:
+    """``welcomed`` is set after the first welcome; ``ended`` gets the error that cannot be mended by dialling again."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        identity: Identity,
+        meter: Meter,
+        savepoints: Callable[[], list[SavePoint]],
+        on_view: Callable[[View], None],
+    ) -> None:
+        self.ticket, self.identity, self.meter = ticket, identity, meter
+        self.savepoints, self.on_view = savepoints, on_view
+        self.welcome: asyncio.Future[pb.Welcome] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.state = "loading"
+        self._loop = asyncio.get_running_loop()
+        self._session = os.urandom(16)
+        self._seq = 0
+        self._unacked: deque[pb.Up] = deque()
+        self._unsent = asyncio.Event()
+        self._sent = 0  # seq of the newest report written to the stream in use
+        self._token = b""
+        self._channel: grpc.aio.Channel | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, offer: Offer) -> None:
+        self._offer = offer
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Ends the stream; reports that are not acknowledged yet get a moment."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2.0):
+                while self._unacked and not self.ended.done():
+                    await asyncio.sleep(0.02)
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._channel:
+            await self._channel.close()
+
+    def report(self, **body: object) -> None:
+        """Queues a report, from any thread; it is repeated until the coordinator has it on disk."""
+
+        def queue() -> None:
+            self._seq += 1
+            self._unacked.append(pb.Up(seq=self._seq, **body))  # type: ignore[arg-type]
+            self._unsent.set()
+
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(queue)
+
+    async def _run(self) -> None:
+        tries = 0
+        while True:
+            try:
+                await self._connect()
+                tries = 0
+            except (RefusedError, WireError) as error:
+                if error.code != "silent":
+                    self._end(error)
+                    return
+            except UnreachableError as error:
+                if not self.welcome.done() or error.code == "certificate":
+                    self._end(error)
+                    return
+                log.warning("the coordinator does not answer; dialling again: %s", error)
+            tries += 1
+            low, high = BACKOFF_SECONDS
+            await asyncio.sleep(random.uniform(0.5, 1.0) * min(high, low * 2 ** min(tries, 10)))
+
+    def _end(self, error: Exception) -> None:
+        if not self.welcome.done():
+            self.welcome.set_exception(error)
+            self.welcome.exception()
+        if not self.ended.done():
+            self.ended.set_exception(error)
+            self.ended.exception()
+
+    async def _connect(self) -> None:
+        """One connection, until it breaks."""
+        channel = await dial_pinned(self.ticket.url, self.ticket.fingerprint)
+        self.meter.record_connection(COORDINATOR, dialled=True)
+        old, self._channel = self._channel, channel
+        if old is not None:
+            await old.close()
+        method = channel.stream_stream(
+            STREAM, request_serializer=pb.Up.SerializeToString, response_deserializer=pb.Down.FromString
+        )
+        stream = method()
+        sender: asyncio.Task[None] | None = None
+        try:
+            while (message := await stream.read()) is not grpc.aio.EOF:
+                self._count("in", message.ByteSize())
+                body = message.WhichOneof("body")
+                if body == "challenge":
+                    await self._write(stream, pb.Up(hello=self._hello(message.challenge.nonce)))
+                elif body == "welcome":
+                    self._token = message.welcome.token
+                    self._acknowledged(message.welcome.acked)
+                    self._sent = 0
+                    if sender is None:
+                        sender = asyncio.create_task(self._send(stream))
+                    if not self.welcome.done():
+                        self.welcome.set_result(message.welcome)
+                elif body == "refuse":
+                    refuse = message.refuse
+                    raise RefusedError(refuse.text, hint=refuse.hint, code=refuse.code)
+                elif body == "ack":
+                    self._acknowledged(message.ack.seq)
+                elif body == "view":
+                    self.on_view(view_from(message.view))
+            if not self.welcome.done():
+                raise UnreachableError(
+                    "the coordinator hung up without a word", hint="Look at its log, then join again."
+                )
+        except grpc.RpcError as error:
+            raise UnreachableError(f"the stream broke ({error.code().name.lower()})") from None
+        finally:
+            if sender:
+                sender.cancel()
+                await asyncio.gather(sender, return_exceptions=True)
+            stream.cancel()
+
+    async def _send(self, stream: grpc.aio.StreamStreamCall) -> None:
+        """Reports as they come, a heartbeat now and then."""
+        beat = self._loop.time()
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            while True:
+                self._unsent.clear()
+                for up in [u for u in self._unacked if u.seq > self._sent]:
+                    await self._write(stream, up)
+                    self._sent = up.seq
+                now = self._loop.time()
+                if now >= beat:
+                    await self._write(stream, pb.Up(heartbeat=self._heartbeat()))
+                    beat = now + HEARTBEAT_SECONDS
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, beat - now)):
+                        await self._unsent.wait()
+
+    async def _write(self, stream: grpc.aio.StreamStreamCall, up: pb.Up) -> None:
+        self._count("out", up.ByteSize())
+        await stream.write(up)
+
+    def _count(self, direction: str, nbytes: int) -> None:
+        self.meter.record(COORDINATOR, "in" if direction == "in" else "out", Purpose.CONTROL, nbytes)
+
+    def _acknowledged(self, seq: int) -> None:
+        while self._unacked and self._unacked[0].seq <= seq:
+            self._unacked.popleft()
+
+    def _hello(self, nonce: bytes) -> pb.Hello:
+        ticket, identity, offer = self.ticket, self.identity, self._offer
+        return pb.Hello(
+            protocol=PROTOCOL,
+            version=__version__,
+            run=ticket.run,
+            public_key=identity.public_bytes,
+            signature=identity.sign(signed_part(nonce, ticket.fingerprint, ticket.run)),
+            secret_proof=secret_proof(ticket.secret, nonce, identity.public_bytes),
+            name=offer.name,
+            device=offer.device,
+            memory_gb=offer.memory_gb,
+            speed=offer.speed,
+            addresses=offer.addresses,
+            savepoints=[p.to_proto() for p in self.savepoints()],
+            session=self._session,
+        )
+
+    def _heartbeat(self) -> pb.Heartbeat:
+        return pb.Heartbeat(
+            state=self.state,
+            traffic=[
+                pb.Traffic(
+                    peer=t.peer,
+                    direction=t.direction,
+                    purpose=t.purpose.value,
+                    nbytes=t.nbytes,
+                    dense_nbytes=t.dense_nbytes,
+                )
+                for t in self.meter.snapshot()
+            ],
+        )
+
+    # Files.
+
+    async def fetch(self, name: str, target: Path) -> None:
+        """A file of the run by its SHA-256, into ``target``; goes on where an earlier try stopped."""
+        assert self._channel is not None
+        part = target.with_suffix(".part")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest, size = hashlib.sha256(), 0
+        if part.exists():
+            data = part.read_bytes()
+            digest.update(data)
+            size = len(data)
+        method = self._channel.unary_stream(
+            BLOB, request_serializer=pb.BlobRequest.SerializeToString, response_deserializer=pb.Piece.FromString
+        )
+        try:
+            with part.open("ab") as file:
+                async for piece in method(pb.BlobRequest(token=self._token, name=name, offset=size)):
+                    self.meter.record(COORDINATOR, "in", Purpose.DATA, len(piece.data))
+                    file.write(piece.data)
+                    digest.update(piece.data)
+        except grpc.RpcError as error:
+            raise UnreachableError(
+                f"the corpus did not arrive ({error.code().name.lower()})", hint="Join again: it goes on from there."
+            ) from None
+        except OSError as error:
+            raise StateError(f"{part}: {error}", hint="Free some space: --data-dir names the folder.") from None
+        if digest.hexdigest() != name:
+            part.unlink()
+            raise WireError("the corpus arrived damaged", hint="Join again.")
+        part.replace(target)
+
+    async def upload(self, step: int, stage: int, data: bytes) -> None:
+        """A stage of a published round. ``UnreachableError`` if it did not arrive."""
+        assert self._channel is not None
+        digest = hashlib.sha256(data).digest()
+
+        async def pieces() -> AsyncIterator[pb.UploadPiece]:
+            for start in range(0, len(data), PIECE_NBYTES):
+                piece = data[start : start + PIECE_NBYTES]
+                self.meter.record(COORDINATOR, "out", Purpose.STATE, len(piece))
+                if start:
+                    yield pb.UploadPiece(data=piece)
+                else:
+                    yield pb.UploadPiece(
+                        token=self._token, step=step, stage=stage, nbytes=len(data), sha256=digest, data=piece
+                    )
+
+        method = self._channel.stream_unary(
+            UPLOAD, request_serializer=pb.UploadPiece.SerializeToString, response_deserializer=pb.UploadResult.FromString
+        )
+        try:
+            result = await method(pieces())
+        except grpc.RpcError as error:
+            raise UnreachableError(f"the upload broke ({error.code().name.lower()})") from None
+        if not result.ok:
+            raise UnreachableError(f"the upload was refused: {result.text}")

@@ -1,0 +1,385 @@
+"""The computing thread: does what :func:`.plan.next_action` says, one action after the other.
+
+Rounds run beside it on a thread of their own, unless they must be applied at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import safetensors.torch
+import torch
+
+from ..protocol import control_pb2 as pb
+from ..protocol.config import RunConfig
+from ..protocol.errors import PotluckError, StateError, WireError
+from ..protocol.manifest import Manifest
+from ..protocol.plan import Plan, SavePoint
+from ..protocol.schedule import is_round
+from . import plan as rules
+from .checkpoint import SavePoints, from_bytes
+from .data import Dataset
+from .links import Links, fetch_state
+from .mailbox import Fenced, Mailbox
+from .pipeline import Pipeline, Seat, StepResult
+from .plan import Local, View, next_action
+from .stage import Stage, State, digest
+from .sync import Outcome, Synchronizer, apply
+
+log = logging.getLogger(__name__)
+STATE_FACTOR = 6  # fp32 vectors in a state, at most
+
+
+class Headquarters(Protocol):
+    """The coordinator, as the computing thread sees it."""
+
+    state: str
+
+    def report(self, **body: object) -> None: ...
+
+    def corpus(self) -> Path:
+        """The folder of the run's corpus, fetched if need be. Blocks."""
+
+    def publish(self, step: int, stage: int, data: bytes) -> None:
+        """Uploads a stage of a published round. Blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    run: RunConfig
+    manifest: Manifest
+    run_name: bytes  # 8 bytes, in every frame
+    peer: str
+    device: str = "cpu"
+
+
+class Views:
+    """The newest view, handed from the event loop to the computing thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._view = View()
+        self._version = 0
+        self.closed = False
+
+    def put(self, view: View) -> None:
+        with self._changed:
+            self._view, self._version = view, self._version + 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+    @property
+    def newest(self) -> tuple[View, int]:
+        with self._changed:
+            return self._view, self._version
+
+    def wait(self, seen: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed or self._version != seen)
+
+
+class Engine:
+    """One worker's computing. ``run`` returns when nothing more is wanted, and raises what it cannot mend."""
+
+    def __init__(
+        self, config: EngineConfig, views: Views, links: Links, mailbox: Mailbox, points: SavePoints, hq: Headquarters
+    ) -> None:
+        self.config, self.views, self.links, self.mailbox = config, views, links, mailbox
+        self.points, self.hq = points, hq
+        self.local = Local(peer=config.peer)
+        self.sync_rule = config.run.sync.resolved()
+        self.on_step: Callable[[int, StepResult], None] | None = None
+        self.stage: Stage | None = None
+        self._seat: Seat | None = None
+        self._pipeline: Pipeline | None = None
+        self._synchronizer: Synchronizer | None = None
+        self._data: Dataset | None = None
+        self._rounds = ThreadPoolExecutor(1, thread_name_prefix="round")
+        self._pending: Future[Outcome] | None = None
+        self._since = 0  # samples since the last capture
+        self._captured = 0
+        self._count = 0  # rounds applied
+
+    def run(self) -> None:
+        try:
+            while not self.views.closed:
+                view, version = self.views.newest
+                self.points.forget(view.committed, view.publish)
+                action = next_action(view, self.local, self.config.run)
+                if action is None:
+                    self.hq.state = "waiting" if not self.local.seated else self.hq.state
+                    self.views.wait(version)
+                elif isinstance(action, rules.Exit):
+                    self._leave(view)
+                    return
+                else:
+                    try:
+                        self._do(action, view)
+                    except Fenced:
+                        self._wait_for_newer(version)
+        finally:
+            self.mailbox.close()
+            self._rounds.shutdown(wait=True, cancel_futures=True)
+
+    def _wait_for_newer(self, version: int) -> None:
+        """The mailbox knows of a newer generation: its view is on the way."""
+        if self.views.newest[1] == version:
+            self.views.wait(version)
+
+    def _do(self, action: rules.Action, view: View) -> None:
+        match action:
+            case rules.TakeSeat(plan=plan):
+                self._take_seat(plan)
+            case rules.Evaluate(position=position):
+                self._evaluate(position)
+            case rules.Train(step=step):
+                self._train(step, view)
+            case rules.CloseRound(step=step):
+                self._finish_pending(late=self.local.step > self._captured)
+                if self.local.round < step:
+                    self._round(step, wait=True)
+            case rules.Save(step=step):
+                self._save(step, view)
+            case rules.Publish(step=step):
+                self._publish(step)
+
+    # A generation begins.
+
+    def _take_seat(self, plan: Plan) -> None:
+        self.hq.state = "loading"
+        self._drop_pending()
+        peer = self.config.peer
+        if peer not in plan.places:
+            self.local = replace(self.local, generation=plan.generation, seated=False)
+            return
+        number, replica = plan.places[peer]
+        layers = (plan.stages[number].first_layer, plan.stages[number].last_layer)
+        state = self._origin(plan, number, layers)
+        if self.stage is None or (self.stage.first, self.stage.last) != layers:
+            self.stage = self._build(layers)
+        if state is None:
+            fresh = self._build(layers)
+            state = fresh.state(
+                SavePoint(kind="round", generation=0, step=0, first_layer=layers[0], last_layer=layers[1])
+            )
+        self.stage.load(state)
+        self.points.keep(state)
+        if number == 0 and self._data is None:
+            self._data = Dataset(self.hq.corpus())
+        seat = self._seat = Seat(plan=plan, stage=number, replica=replica, run=self.config.run_name)
+        self._pipeline = Pipeline(self.config.run, seat, self.stage, self._data, self.links)
+        self._synchronizer = Synchronizer(self.config.run, seat, self.stage, state.feedback, self.links)
+        self._since = state.pending
+        self._captured = plan.first_step if plan.origin != "step" else -1
+        self.local = Local(
+            peer=peer,
+            generation=plan.generation,
+            seated=True,
+            step=plan.first_step,
+            round=plan.first_step if plan.origin != "step" else 0,
+        )
+        self.hq.report(ready=pb.Ready(generation=plan.generation, digest=digest(self.stage.g)))
+        self.hq.state = "training"
+
+    def _origin(self, plan: Plan, number: int, layers: tuple[int, int]) -> State | None:
+        """The state a plan starts from: our own, or a donor's; None for a run's beginning."""
+        kind, generation, step = plan.origin, plan.origin_generation, plan.first_step
+        if kind == "init":
+            return None
+        donors = [d.peer for d in plan.stages[number].donors]
+        if self.config.peer in donors:
+            state = self.points.find(kind, generation, step, layers)
+            if state is not None:
+                return state
+            log.warning("our own state of step %d is damaged or gone: fetching it", step)
+        if kind == "round":
+            point = SavePoint(
+                kind="round", generation=generation, step=step, first_layer=layers[0], last_layer=layers[1]
+            )
+            size = sum(p.numel() for p in self._build(layers).module.parameters())
+            for donor in (d for d in donors if d != self.config.peer):
+                try:
+                    data = fetch_state(
+                        self.links,
+                        self.config.run_name,
+                        plan.generation,
+                        number,
+                        step,
+                        donor,
+                        STATE_FACTOR * 4 * size + (1 << 20),
+                    )
+                    if data is not None:
+                        return from_bytes(data, point, size)
+                except WireError as error:
+                    log.warning("%s", error)
+        raise StateError(f"nobody has the state of step {step} for our stage")
+
+    def _build(self, layers: tuple[int, int]) -> Stage:
+        return Stage(self.config.run, self.config.manifest.vocab_size, *layers, device=self.config.device)
+
+    # Steps and rounds.
+
+    def _train(self, step: int, view: View) -> None:
+        assert self._pipeline and self._seat and self.stage
+        self.hq.state = "training"
+        result = self._pipeline.step(step)
+        self._since += result.samples
+        done = step + 1
+        self.local = replace(self.local, step=done)
+        self.hq.report(
+            step_done=pb.StepDone(
+                generation=self.local.generation,
+                step=step,
+                samples=result.samples,
+                loss_sum=result.loss_sum,
+                targets=result.targets if self._seat.is_last else 0,
+                compute_seconds=result.seconds - result.wait_seconds,
+                wait_seconds=result.wait_seconds,
+            )
+        )
+        if self.on_step:
+            self.on_step(step, result)
+        self._finish_pending(late=True)
+        if is_round(self.sync_rule, self.config.run.seed, step):
+            self._round(done, wait=self.sync_rule.delay == 0)
+
+    def _round(self, done: int, *, wait: bool) -> None:
+        """Captures a round; runs it beside the next step, or right now (``wait``)."""
+        assert self._synchronizer and self.stage
+        capture = self._synchronizer.capture(self.stage, done, self._since)
+        self._since, self._captured = 0, done
+        self.local = replace(self.local, round=done)
+        generation, synchronizer = self.local.generation, self._synchronizer
+
+        def exchange() -> Outcome:
+            outcome = synchronizer.exchange(capture)
+            self.points.keep(outcome.state)
+            self.hq.report(
+                round_done=pb.RoundDone(
+                    generation=generation,
+                    step=done,
+                    samples=outcome.samples,
+                    digest=outcome.state.point.digest,
+                    base_digest=outcome.base_digest,
+                    nbytes=outcome.nbytes,
+                    seconds=outcome.seconds,
+                )
+            )
+            return outcome
+
+        self._pending = self._rounds.submit(exchange)
+        if wait:
+            self._finish_pending(late=False)
+
+    def _finish_pending(self, *, late: bool) -> None:
+        """Waits for the round on its way, if there is one, and applies it."""
+        if self._pending is not None:
+            assert self.stage is not None
+            outcome = self._pending.result()
+            self._pending = None
+            apply(self.stage, outcome, late=late)
+            self._rounds_done(outcome)
+
+    def _rounds_done(self, outcome: Outcome) -> None:
+        self._count += 1
+        if self._count % self.config.run.checkpoint.save_rounds == 0:
+            self._rounds.submit(self.points.save, outcome.state)
+
+    def _drop_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.cancel()
+            try:
+                pending.result()
+            except Exception as error:
+                log.debug("a round of an older generation ended: %r", error)
+
+    def _evaluate(self, position: int) -> None:
+        assert self._pipeline and self._seat
+        result = self._pipeline.evaluate(position)
+        self.local = replace(self.local, evaluated=position)
+        if self._seat.is_last:
+            self.hq.report(
+                eval_done=pb.EvalDone(
+                    generation=self.local.generation,
+                    step=position,
+                    loss_sum=result.loss_sum,
+                    targets=result.targets,
+                )
+            )
+
+    # Ends.
+
+    def _save(self, step: int, view: View) -> None:
+        """A stop: the last committed round and the very state of now, both to disk."""
+        assert self.stage and self._synchronizer
+        self.hq.state = "saving"
+        self._finish_pending(late=self.local.step > self._captured)
+        self._save_committed(view)
+        point = SavePoint(
+            kind="step",
+            generation=self.local.generation,
+            step=step,
+            first_layer=self.stage.first,
+            last_layer=self.stage.last,
+            digest=digest(self.stage.g),
+        )
+        state = self.stage.state(point, feedback=self._synchronizer.feedback.state(), pending=self._since)
+        self.points.save(state)
+        self.local = replace(self.local, saved=step)
+        self.hq.report(saved=pb.Saved(generation=self.local.generation, savepoint=point.to_proto()))
+
+    def _save_committed(self, view: View) -> None:
+        rounds = [p for p in self.points.points() if p.kind == "round" and p.step == view.committed and p.digest]
+        if rounds:
+            newest = rounds[-1]
+            state = self.points.find(
+                "round", newest.generation, newest.step, (newest.first_layer, newest.last_layer)
+            )
+            if state is not None:
+                self.points.save(state)
+
+    def _publish(self, step: int) -> None:
+        assert self.stage and self._seat
+        found = [p for p in self.points.points() if p.kind == "round" and p.step == step]
+        state = None
+        if found:
+            state = self.points.find(
+                "round", found[-1].generation, step, (self.stage.first, self.stage.last)
+            )
+        if state is None:
+            raise StateError(f"the round of step {step} is not here any more")
+        tensors = {name: t.contiguous() for name, t in self.stage.named(state.g).items()}
+        data = safetensors.torch.save(tensors, {"format": "pt"})
+        for attempt in range(5):
+            try:
+                self.hq.publish(step, self._seat.stage, data)
+                break
+            except PotluckError as error:
+                log.warning("publishing step %d: %s", step, error)
+                if attempt == 4:
+                    raise
+                time.sleep(0.2 * 2**attempt)
+        self.local = replace(self.local, published=step)
+
+    def _leave(self, view: View) -> None:
+        self.hq.state = "leaving"
+        self._drop_pending()
+        if view.phase != "finished":
+            self._save_committed(view)
+
+
+def use_threads(count: int) -> None:
+    """How many cores torch may use in this process."""
+    torch.set_num_threads(max(1, count))

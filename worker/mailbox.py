@@ -1,0 +1,72 @@
+"""Where frames from other peers wait, by name, for the thread that computes."""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+from ..protocol.frames import Frame, Kind
+
+
+class Fenced(Exception):
+    """The generation this thread works for is over: stop, look at the view again."""
+
+
+class Address(NamedTuple):
+    """What a frame is called, its sender included: what somebody else sends under the name is never taken.
+
+    ``index`` is a microbatch, or the replica that a piece of a round comes from.
+    """
+
+    generation: int
+    kind: Kind
+    step: int
+    part: int
+    index: int
+    sender: str
+
+
+MOST_FRAMES = 20_000
+
+
+class Mailbox:
+    """Thread-safe. Frames of past generations are dropped, frames of future ones kept until their time."""
+
+    def __init__(self) -> None:
+        self._frames: dict[Address, Frame] = {}
+        self._changed = threading.Condition()
+        self._generation = 0
+        self._closed = False
+
+    def put(self, address: Address, frame: Frame) -> None:
+        with self._changed:
+            if address.generation >= self._generation and len(self._frames) < MOST_FRAMES:
+                self._frames[address] = frame
+                self._changed.notify_all()
+
+    def take(self, address: Address, timeout_seconds: float | None = None) -> Frame:
+        """Waits for a frame. Raises ``Fenced`` once the generation is over, ``TimeoutError`` after the timeout."""
+        with self._changed:
+            arrived = self._changed.wait_for(
+                lambda: self._closed or address.generation < self._generation or address in self._frames,
+                timeout_seconds,
+            )
+            if self._closed or address.generation < self._generation:
+                raise Fenced
+            if not arrived:
+                raise TimeoutError(f"no {address.kind.name.lower()} of step {address.step} arrived")
+            return self._frames.pop(address)
+
+    def fence(self, generation: int) -> None:
+        """Ends every older generation."""
+        with self._changed:
+            self._generation = max(self._generation, generation)
+            for address in [a for a in self._frames if a.generation < self._generation]:
+                del self._frames[address]
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wakes everybody for good."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

@@ -1,0 +1,109 @@
+"""What a worker does next: a pure function of the coordinator's view and of what is done already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..protocol.config import RunConfig
+from ..protocol.plan import Plan
+from ..protocol.schedule import is_eval
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """The coordinator's newest word, its plan unpacked."""
+
+    phase: str = "waiting"
+    note: str = ""
+    plan: Plan | None = None
+    until: int = 0
+    end: int = 0
+    closing: str = ""
+    committed: int = 0
+    publish: int | None = None
+    released: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What this worker has done in its current generation."""
+
+    peer: str
+    generation: int = 0
+    seated: bool = False
+    step: int = 0  # steps done
+    evaluated: int = -1  # newest position whose held-out loss is measured
+    round: int = 0  # steps done when the newest round was captured
+    saved: int = -1
+    published: int = -1
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Nothing more is wanted here."""
+
+
+@dataclass(frozen=True)
+class TakeSeat:
+    """A new generation: build or fetch the stage's state, or stand by."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Upload the reference weights of a committed round."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    position: int
+
+
+@dataclass(frozen=True)
+class Train:
+    step: int
+
+
+@dataclass(frozen=True)
+class CloseRound:
+    """A round at the generation's end, whatever the coin says."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Save:
+    """Everything to disk, to go on from exactly here."""
+
+    step: int
+
+
+Action = Exit | TakeSeat | Publish | Evaluate | Train | CloseRound | Save
+
+
+def next_action(view: View, local: Local, config: RunConfig) -> Action | None:
+    """The first rule that applies; None: wait for another view."""
+    if view.released:
+        return Exit()
+    plan = view.plan
+    if plan is None:
+        return None
+    if local.generation != plan.generation:
+        return TakeSeat(plan)
+    if not local.seated or view.phase not in ("training", "finishing"):
+        return None
+    stage, replica = plan.places[local.peer]
+    if view.publish is not None and replica == 0 and view.publish > local.published and view.publish <= view.committed:
+        return Publish(view.publish)
+    if view.closing == "round" and local.step == view.end and local.round < view.end:
+        return CloseRound(view.end)
+    if is_eval(config.eval, config.steps, local.step) and local.evaluated < local.step:
+        return Evaluate(local.step)
+    if local.step < view.until:
+        return Train(local.step)
+    if view.closing == "save" and local.step == view.end and local.saved < view.end:
+        return Save(view.end)
+    return None
