@@ -61,7 +61,12 @@ def main(verbose: bool) -> None:
     help="How replicas exchange weights.",
 )
 @click.option("--data", default="builtin", show_default=True, help="Text to train on: FILE, DIR or hf:NAME.")
-@click.option("--keep", type=click.Path(path_type=Path), default=None, help="Folder for the run.  [default: a fixed one]")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder for the run.  [default: a fixed one]",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run that was stopped.")
 @click.option("--plain", is_flag=True, help="Lines instead of a live display.")
 def demo(**options: Any) -> None:
@@ -100,11 +105,21 @@ def coordinator_init(path: Path) -> None:
 
 @coordinator.command("up", context_settings=CONTEXT)
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--data-dir", type=click.Path(path_type=Path), default=None, help="Where the run is kept.  [default: by its name, in your data folder]")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Where the run is kept.  [default: by its name, in your data folder]",
+)
 @click.option("--host", default=None, help="Address to listen on; 0.0.0.0 for others to reach it.")
 @click.option("--port", type=click.IntRange(0, 65535), default=None, help="Port for workers.")
 @click.option("--http-port", type=click.IntRange(0, 65535), default=None, help="Port of the page.")
-@click.option("--ready-file", type=click.Path(path_type=Path), default=None, help="Write ticket and addresses there, as JSON, once up.")
+@click.option(
+    "--ready-file",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Write ticket and addresses there, as JSON, once up.",
+)
 def coordinator_up(path: Path, data_dir: Path | None, ready_file: Path | None, **place: Any) -> None:
     """Start the coordinator of the run in PATH (run.yaml); it prints a ticket for workers and the page's address.
 
@@ -117,9 +132,7 @@ def coordinator_up(path: Path, data_dir: Path | None, ready_file: Path | None, *
     config = load(path)
     changes = {k: v for k, v in place.items() if v is not None}
     if changes:
-        config = msgspec.structs.replace(
-            config, coordinator=msgspec.structs.replace(config.coordinator, **changes)
-        )
+        config = msgspec.structs.replace(config, coordinator=msgspec.structs.replace(config.coordinator, **changes))
     folder = data_dir or data_home() / "coordinator" / config.name
     sys.exit(asyncio.run(_coordinator(config, folder, ready_file)))
 
@@ -174,13 +187,29 @@ def worker() -> None:
 
 @worker.command("join", context_settings=CONTEXT)
 @click.argument("ticket")
-@click.option("--data-dir", type=click.Path(path_type=Path), default=None, help="Key and saved state.  [default: your data folder]")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Key and saved state.  [default: your data folder]",
+)
 @click.option("--name", default="", help="Name shown to others.  [default: from the key]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address other workers can dial; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port other workers dial.  [default: any]")
-@click.option("--memory-gb", type=click.FloatRange(0, min_open=True), default=None, help="Most memory to use.  [default: half]")
+@click.option(
+    "--memory-gb",
+    type=click.FloatRange(0, min_open=True),
+    default=None,
+    help="Most memory to use.  [default: half]",
+)
 @click.option("--threads", type=click.IntRange(1), default=None, help="Cores to use.  [default: half]")
-@click.option("--speed", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Speed against an ordinary machine.")
+@click.option(
+    "--speed",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Speed against an ordinary machine.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
 def worker_join(ticket: str, data_dir: Path | None, **options: Any) -> None:
     """Join the run of TICKET and work until it is finished.

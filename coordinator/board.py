@@ -15,7 +15,11 @@ from ..protocol.plan import stage_parameters
 from .state import Commit, Journal, Point, Rules, RunState, Said
 from .store import Store
 
-COMPRESSED = ("activation", "gradient", "weights")  # purposes with an uncompressed counterfactual of their own
+COMPRESSED = (
+    "activation",
+    "gradient",
+    "weights",
+)  # purposes with an uncompressed counterfactual of their own
 RATE_SECONDS = 20.0  # window of the shown speed
 
 
@@ -68,7 +72,9 @@ class Board:
 
     # What comes in.
 
-    def traffic_of(self, reports: Sequence[pb.Up], batch: Sequence[tuple[Any, Any, int]]) -> list[tuple[str, list[Any]]]:
+    def traffic_of(
+        self, reports: Sequence[pb.Up], batch: Sequence[tuple[Any, Any, int]]
+    ) -> list[tuple[str, list[Any]]]:
         """Takes heartbeats' byte counts; returns the statements that keep them."""
         statements: list[tuple[str, list[Any]]] = []
         for what, line, _ in batch:
@@ -117,9 +123,7 @@ class Board:
                 )
             else:
                 c = command
-                self._rounds.append(
-                    round_row(c.round, c.mark.step, c.replicas, c.samples, c.nbytes, c.seconds, now)
-                )
+                self._rounds.append(round_row(c.round, c.mark.step, c.replicas, c.samples, c.nbytes, c.seconds, now))
         self._notify()
 
     def publish(self, path: str) -> None:

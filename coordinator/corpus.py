@@ -110,9 +110,7 @@ def prepare(
 
 def _check_parameters(vocab_size: int, seq_len: int, heldout_share: float) -> None:
     if not 257 <= vocab_size <= 1 << 20:
-        raise ConfigError(
-            f"vocab_size = {vocab_size}", hint="Use 257 (the bytes and an end of text) or more."
-        )
+        raise ConfigError(f"vocab_size = {vocab_size}", hint="Use 257 (the bytes and an end of text) or more.")
     if not 2 <= seq_len <= 1 << 20:
         raise ConfigError(f"seq_len = {seq_len}", hint="Use 2 or more tokens per sequence.")
     if not 0 < heldout_share <= 0.5:
@@ -200,9 +198,7 @@ def _build(recipe: _Recipe, folder: Path, say: Progress) -> Manifest:
     return manifest
 
 
-def _copy(
-    path: Path, itemsize: int, sizes: list[int], wanted: list[bool], limit: int, out: IO[bytes]
-) -> None:
+def _copy(path: Path, itemsize: int, sizes: list[int], wanted: list[bool], limit: int, out: IO[bytes]) -> None:
     """The wanted documents of ``path``, cut off after ``limit`` tokens."""
     with path.open("rb") as file:
         for size, take in zip(sizes, wanted, strict=True):

@@ -133,15 +133,15 @@ class Doors:
                 code="version",
             )
         if hello.run != self.run_id:
-            raise RefusedError(
-                "the ticket is for another run", hint="Ask the operator for a new ticket.", code="run"
-            )
+            raise RefusedError("the ticket is for another run", hint="Ask the operator for a new ticket.", code="run")
         signed = signed_part(nonce, self.fingerprint, self.run_id)
         if len(hello.public_key) != 32 or not verify(hello.public_key, hello.signature, signed):
             raise RefusedError("the worker's key does not match its signature", code="signature")
         if not hmac.compare_digest(secret_proof(self.secret, nonce, hello.public_key), hello.secret_proof):
             raise RefusedError(
-                "the ticket's secret is not this run's", hint="Ask the operator for a new ticket.", code="secret"
+                "the ticket's secret is not this run's",
+                hint="Ask the operator for a new ticket.",
+                code="secret",
             )
         if len(hello.savepoints) > MAX_SAVEPOINTS or len(hello.addresses) > MAX_ADDRESSES:
             raise WireError("the hello is too long")
@@ -166,9 +166,7 @@ class Doors:
             savepoints=frozenset(SavePoint.from_proto(s) for s in hello.savepoints),
         )
 
-    async def blob(
-        self, request: pb.BlobRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.Piece]:
+    async def blob(self, request: pb.BlobRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.Piece]:
         """A file of the run by its hash, from ``offset``."""
         path = self.blobs.get(request.name)
         if request.token not in self._tokens or path is None:
@@ -180,9 +178,7 @@ class Doors:
             while data := await loop.run_in_executor(None, file.read, PIECE_NBYTES):
                 yield pb.Piece(data=data)
 
-    async def upload(
-        self, pieces: AsyncIterator[pb.UploadPiece], context: grpc.aio.ServicerContext
-    ) -> pb.UploadResult:
+    async def upload(self, pieces: AsyncIterator[pb.UploadPiece], context: grpc.aio.ServicerContext) -> pb.UploadResult:
         """A stage of the round being published, in pieces, checked against its length and hash."""
         first = await anext(aiter(pieces), None)
         try:

@@ -82,9 +82,7 @@ class Publisher:
         """Most bytes that a stage's file may have: fp32 tensors and a header."""
         first, last = self.layers[stage]
         model = self.config.model
-        count = stage_parameters(
-            first, last, model.layers, d_model=model.d_model, vocab_size=self.manifest.vocab_size
-        )
+        count = stage_parameters(first, last, model.layers, d_model=model.d_model, vocab_size=self.manifest.vocab_size)
         return 4 * count + HEADER_LIMIT
 
     def part(self, step: int, stage: int) -> Path:

@@ -72,8 +72,8 @@ def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
     """What this peer should know now; everything it does follows from its newest view."""
     member, plan = state.members[peer], state.plan
     seated = plan is not None and peer in plan.peers
-    donor = plan is not None and state.phase == "preparing" and any(
-        peer == d.peer for s in plan.stages for d in s.donors
+    donor = (
+        plan is not None and state.phase == "preparing" and any(peer == d.peer for s in plan.stages for d in s.donors)
     )
     return pb.View(
         phase=state.phase,
@@ -223,7 +223,12 @@ class Turn:
     def tick(self) -> None:
         for member in list(self.state.members.values()):
             if self.now - member.last_seen > self.rules.silence_seconds:
-                self.dismiss(member, "silent", "no word for too long", "Check the line; the worker dials again by itself.")
+                self.dismiss(
+                    member,
+                    "silent",
+                    "no word for too long",
+                    "Check the line; the worker dials again by itself.",
+                )
                 self.gone(member.peer, member.session)
         if self.state.phase == "training":
             late = [s for s, expires in self.state.leased_at.items() if expires < self.now]
@@ -279,9 +284,7 @@ class Turn:
             members = self.state.members
             if self.state.stop_asked:
                 self.close("save")
-            elif any(members[p].leaving for p in plan.peers if p in members):
-                self.close("round")
-            elif self.settled() and self.newcomers():
+            elif any(members[p].leaving for p in plan.peers if p in members) or (self.settled() and self.newcomers()):
                 self.close("round")
         self.grant()
         if self.state.closing == "save" and all(self.has_stop(p) for p in plan.peers):
@@ -327,8 +330,7 @@ class Turn:
         if member is None:
             return False
         return any(
-            s.kind == "step" and s.generation == plan.generation and s.step == self.state.end
-            for s in member.savepoints
+            s.kind == "step" and s.generation == plan.generation and s.step == self.state.end for s in member.savepoints
         )
 
     def grant(self) -> None:
@@ -385,9 +387,7 @@ class Turn:
                 self.member(replace(self.state.members[peer], savepoints=frozenset()))
             self.abort(why)
             return False
-        mark = Mark(
-            kind="round", generation=plan.generation, step=at, sample=sample, digests=tuple(digests)
-        )
+        mark = Mark(kind="round", generation=plan.generation, step=at, sample=sample, digests=tuple(digests))
         self.commit(mark, reports)
         if self.state.closing == "round" and at == self.state.end:
             if at >= self.rules.steps:
@@ -540,8 +540,7 @@ class Turn:
                     return False
                 if not any(
                     s.kind == "step"
-                    and (s.generation, s.step, s.first_layer, s.last_layer)
-                    == (mark.generation, mark.step, first, last)
+                    and (s.generation, s.step, s.first_layer, s.last_layer) == (mark.generation, mark.step, first, last)
                     for s in member.savepoints
                 ):
                     return False
@@ -619,9 +618,7 @@ class Turn:
         self.set(members={**self.state.members, member.peer: member})
 
     def dismiss(self, member: Member, code: str, text: str, hint: str) -> None:
-        self.commands.append(
-            Dismiss(peer=member.peer, session=member.session, code=code, text=text, hint=hint)
-        )
+        self.commands.append(Dismiss(peer=member.peer, session=member.session, code=code, text=text, hint=hint))
 
     def journal(self, event: ev.Event) -> None:
         self.commands.append(Journal(event=event))

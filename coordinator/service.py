@@ -42,9 +42,7 @@ STOP_SECONDS = 60.0
 def rules_of(config: RunConfig, manifest: Manifest) -> Rules:
     """What the state machine needs to know of a run."""
     model = config.model
-    layers = split_layers(
-        model.layers, config.pipeline.stages, d_model=model.d_model, vocab_size=manifest.vocab_size
-    )
+    layers = split_layers(model.layers, config.pipeline.stages, d_model=model.d_model, vocab_size=manifest.vocab_size)
     needs = []
     for first, last in layers:
         n = stage_parameters(first, last, model.layers, d_model=model.d_model, vocab_size=manifest.vocab_size)

@@ -81,7 +81,10 @@ class Store:
         match command:
             case Journal(event=event):
                 data = json.dumps(msgspec.to_builtins(event))
-                run("INSERT INTO events (time, kind, data, text) VALUES (?,?,?,?)", (now, event.kind, data, event.text))
+                run(
+                    "INSERT INTO events (time, kind, data, text) VALUES (?,?,?,?)",
+                    (now, event.kind, data, event.text),
+                )
             case Lease():
                 values = (command.generation, command.step, command.peer, command.first, command.count)
                 run(
@@ -90,7 +93,10 @@ class Store:
                     (*values, command.expires, now),
                 )
             case ReturnLeases(reason=reason):
-                run("UPDATE ledger SET state='returned', reason=?, changed=? WHERE state='leased'", (reason, now))
+                run(
+                    "UPDATE ledger SET state='returned', reason=?, changed=? WHERE state='leased'",
+                    (reason, now),
+                )
             case Commit(mark=mark):
                 run(
                     "UPDATE ledger SET state='committed', round=?, changed=? WHERE state='leased' AND step < ?",
@@ -162,7 +168,10 @@ class Store:
     def _refused(self, error: Exception) -> StateError:
         text = str(error)
         if "full" in text:
-            return StateError(f"{self.path}: the disk is full", hint="Free some space and start again: nothing acknowledged is lost.")
+            return StateError(
+                f"{self.path}: the disk is full",
+                hint="Free some space and start again: nothing acknowledged is lost.",
+            )
         return StateError(f"{self.path}: {text}", hint="Check that the folder exists and may be written.")
 
 

@@ -79,9 +79,7 @@ class Channel:
         """Queue a frame, once the send window has room. ``UnreachableError`` when the channel is over."""
         header = encode_header(frame.header)
         if len(frame.payload) > self._config.max_frame_nbytes:
-            raise WireError(
-                f"a frame of {len(frame.payload)} bytes is over the limit", hint="send it in parts"
-            )
+            raise WireError(f"a frame of {len(frame.payload)} bytes is over the limit", hint="send it in parts")
         await self._until(lambda: self._ended is None and self._outbox.fits(frame))
         self._outbox.admit(frame, header)
         self._wake()
@@ -107,7 +105,7 @@ class Channel:
             try:
                 async with asyncio.timeout(self._config.close_timeout.total_seconds()):
                     await self.drain()
-            except (TimeoutError, UnreachableError):
+            except (TimeoutError, PotluckError):
                 unacked = len(self._outbox)
             # A goodbye counts once answered: else the peer may not know what arrived, so let it come back.
             with contextlib.suppress(TimeoutError, PotluckError):
@@ -211,9 +209,7 @@ class Channel:
         while self._session is not None:
             opened_at = _now()
             await asyncio.wait({self._session})
-            lasted = (
-                self._progress_at >= opened_at or _now() - opened_at > config.last_backoff.total_seconds()
-            )
+            lasted = self._progress_at >= opened_at or _now() - opened_at > config.last_backoff.total_seconds()
             if lasted:
                 attempt = 0
             if lasted or not self._outbox:
@@ -238,9 +234,7 @@ class Channel:
         inbox = self._inbox
         window = self._config.receive_window_nbytes
         ack = inbox.ack()
-        return Hello(
-            self.channel_id, self._attached, ack.received, inbox.partial_nbytes, ack.consumed, window
-        )
+        return Hello(self.channel_id, self._attached, ack.received, inbox.partial_nbytes, ack.consumed, window)
 
     def _attach(self, pipe: Pipe, hello: Hello) -> asyncio.Task[None]:
         self._outbox.resume(hello, _now())
@@ -275,9 +269,7 @@ class Channel:
                 self.abort(result)
             elif isinstance(result, Exception) and not isinstance(result, PipeClosed):
                 _log.error("channel with %s failed", self.peer_id, exc_info=result)
-                self.abort(
-                    UnreachableError(f"the channel with {self.peer_id} failed here", hint="see the log")
-                )
+                self.abort(UnreachableError(f"the channel with {self.peer_id} failed here", hint="see the log"))
         if self._ended is None and self._redial is None:
             self._expiry = asyncio.get_running_loop().call_later(
                 self._config.give_up.total_seconds(),

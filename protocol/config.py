@@ -212,13 +212,9 @@ def load(path: Path) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file", hint="Write one with: potluck coordinator init run.yaml"
-        ) from None
+        raise ConfigError(f"{path}: no such file", hint="Write one with: potluck coordinator init run.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error})", hint="Check the path and its rights."
-        ) from None
+        raise ConfigError(f"{path}: cannot be read ({error})", hint="Check the path and its rights.") from None
     return parse(text, str(path))
 
 

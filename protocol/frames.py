@@ -251,9 +251,7 @@ def _parse(data: bytes) -> Message:
         case 1:  # _HELLO
             _, version, *fields = _Hello.unpack(data)
             if version != VERSION:
-                raise WireError(
-                    f"the peer speaks version {version}, this is {VERSION}", hint="update potluck"
-                )
+                raise WireError(f"the peer speaks version {version}, this is {VERSION}", hint="update potluck")
             return Hello(*fields)
         case 2:
             return Ack(*_Ack.unpack(data)[1:])

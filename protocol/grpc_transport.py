@@ -69,9 +69,7 @@ _T = TypeVar("_T", _Challenge, _Claim, _Answer)
 
 def _transcript(role: bytes, *fields: bytes) -> bytes:
     """What is signed: fields behind their lengths, so that none can run into the next."""
-    return b"".join(
-        len(field).to_bytes(4, "big") + field for field in (b"potluck peer handshake 1", role, *fields)
-    )
+    return b"".join(len(field).to_bytes(4, "big") + field for field in (b"potluck peer handshake 1", role, *fields))
 
 
 def _decode(data: bytes, type_: type[_T]) -> _T:
@@ -94,19 +92,13 @@ async def prove_to_listener(pipe: Pipe, identity: Identity, peer_id: str, finger
             f"{peer_id} does not admit this peer", hint="wait until both know the same plan", code="admission"
         )
     expected = _transcript(b"listener", *seen, identity.peer_id.encode())
-    if (
-        answer.refusal
-        or peer_id_of(answer.public) != peer_id
-        or not verify(answer.public, answer.signature, expected)
-    ):
+    if answer.refusal or peer_id_of(answer.public) != peer_id or not verify(answer.public, answer.signature, expected):
         raise UnreachableError(
             f"what answers is not peer {peer_id}", hint="ask the coordinator for its address", code="identity"
         )
 
 
-async def prove_to_dialler(
-    pipe: Pipe, identity: Identity, fingerprint: str, config: TransportConfig
-) -> str | None:
+async def prove_to_dialler(pipe: Pipe, identity: Identity, fingerprint: str, config: TransportConfig) -> str | None:
     """The listener's part: the dialler's peer id once it is proven and admitted, else None."""
     challenge = _Challenge(secrets.token_bytes(_NONCE_NBYTES))
     await pipe.send(msgspec.msgpack.encode(challenge))
@@ -220,18 +212,14 @@ class GrpcTransport:
             pipe = _ListenerPipe(context)
             try:
                 async with asyncio.timeout(self._config.channel.dial_timeout.total_seconds()):
-                    peer_id = await prove_to_dialler(
-                        pipe, self._identity, self._certificate.fingerprint, self._config
-                    )
+                    peer_id = await prove_to_dialler(pipe, self._identity, self._certificate.fingerprint, self._config)
             except (WireError, PipeClosed, TimeoutError):
                 return
             if peer_id is not None:
                 self._config.channel.meter.record_connection(peer_id, dialled=False)
                 await self._channels.serve(peer_id, pipe, on_channel)
 
-        handler = grpc.method_handlers_generic_handler(
-            SERVICE, {METHOD: grpc.stream_stream_rpc_method_handler(serve)}
-        )
+        handler = grpc.method_handlers_generic_handler(SERVICE, {METHOD: grpc.stream_stream_rpc_method_handler(serve)})
         self._server, port = await start_server(self._host, self._port, [handler], self._certificate)
         return [join_address(_dialable(self._host), port)]
 

@@ -56,9 +56,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if min(self.seq_len, self.n_train, self.n_heldout) < 1:
             raise ValueError("seq_len, n_train and n_heldout must be at least 1")
         if self.n_tokens != (self.n_train + self.n_heldout) * self.seq_len + 2:
-            raise ValueError(
-                f"n_tokens = {self.n_tokens} does not hold n_train + n_heldout samples of seq_len"
-            )
+            raise ValueError(f"n_tokens = {self.n_tokens} does not hold n_train + n_heldout samples of seq_len")
         if self.vocab_size > 1 << 8 * self.itemsize:
             raise ValueError(f"vocab_size = {self.vocab_size} does not fit {self.dtype}")
         if not 0 <= self.eos_id < self.vocab_size:

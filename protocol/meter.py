@@ -19,6 +19,9 @@ class Overhead:
     per 16 KiB; IPv4 and TCP with timestamps (20 + 32) per segment of a 1500-byte line; one bare
     acknowledgement of the same size back for every second segment. A connection's opening is both
     handshakes: the one that fetches the certificate and the one that is kept.
+
+    Against the kernel's counters on a 1500-byte, 100 Mbit/s line: payload directions within 0.3 %, a
+    direction with nothing but acknowledgements 0 to 45 % high (receive offload merges them).
     """
 
     grpc_prefix: int = 5
@@ -29,8 +32,8 @@ class Overhead:
     segment_header: int = 52
     segment_payload: int = 1448
     segments_per_ack: float = 2
-    connection_dialler: int = 2600
-    connection_listener: int = 3400
+    connection_dialler: int = 4400
+    connection_listener: int = 5150
 
     def of(self, nbytes: int) -> tuple[float, float]:
         """Bytes added in the message's own direction, and bytes of acknowledgements coming back."""
@@ -103,14 +106,9 @@ class Meter:
         """Everything counted so far, sorted."""
         with self._lock:
             totals = sorted((key, tuple(total)) for key, total in self._totals.items())
-        return [
-            Traffic(*key, round(nbytes), int(dense), int(messages))
-            for key, (nbytes, dense, messages) in totals
-        ]
+        return [Traffic(*key, round(nbytes), int(dense), int(messages)) for key, (nbytes, dense, messages) in totals]
 
-    def _add(
-        self, peer: str, direction: Direction, purpose: Purpose, nbytes: float, dense: int, messages: int
-    ) -> None:
+    def _add(self, peer: str, direction: Direction, purpose: Purpose, nbytes: float, dense: int, messages: int) -> None:
         total = self._totals.setdefault((peer, direction, purpose), [0.0, 0, 0])
         total[0] += nbytes
         total[1] += dense

@@ -62,9 +62,7 @@ class Ticket(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, k
         except (msgspec.MsgspecError, ValueError, RecursionError):
             raise damaged from None
         if now >= ticket.expires:
-            raise TicketError(
-                "the ticket has expired", hint="ask the operator for a new ticket", code="expired"
-            )
+            raise TicketError("the ticket has expired", hint="ask the operator for a new ticket", code="expired")
         return ticket
 
 

@@ -151,9 +151,7 @@ async def fetch_certificate(host: str, port: int, timeout: datetime.timedelta) -
     return bytes(der)
 
 
-def pinned_channel(
-    address: str, cert_der: bytes, options: Sequence[tuple[str, Any]] = ()
-) -> grpc.aio.Channel:
+def pinned_channel(address: str, cert_der: bytes, options: Sequence[tuple[str, Any]] = ()) -> grpc.aio.Channel:
     """A channel that talks to the holder of this very certificate and to nobody else."""
     pem = ssl.DER_cert_to_PEM_cert(cert_der).encode()
     return grpc.aio.secure_channel(
@@ -183,9 +181,7 @@ async def dial_pinned(
         await channel.close(None)
         if not isinstance(error, TimeoutError):
             raise
-        raise UnreachableError(
-            f"{address} stopped answering", hint="check that it is running and try again"
-        ) from None
+        raise UnreachableError(f"{address} stopped answering", hint="check that it is running and try again") from None
     return channel
 
 

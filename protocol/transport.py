@@ -91,9 +91,7 @@ class Channels:
                 await asyncio.wait({session})
             await pipe.close()
 
-    async def _accept(
-        self, peer_id: str, pipe: Pipe, hello: Hello, on_channel: OnChannel
-    ) -> asyncio.Task[None] | None:
+    async def _accept(self, peer_id: str, pipe: Pipe, hello: Hello, on_channel: OnChannel) -> asyncio.Task[None] | None:
         channel = self._channels.get((peer_id, hello.channel))
         fresh = channel is None
         if channel is None:

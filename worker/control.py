@@ -259,7 +259,9 @@ class Control:
             digest.update(data)
             size = len(data)
         method = self._channel.unary_stream(
-            BLOB, request_serializer=pb.BlobRequest.SerializeToString, response_deserializer=pb.Piece.FromString
+            BLOB,
+            request_serializer=pb.BlobRequest.SerializeToString,
+            response_deserializer=pb.Piece.FromString,
         )
         try:
             with part.open("ab") as file:
@@ -269,7 +271,8 @@ class Control:
                     digest.update(piece.data)
         except grpc.RpcError as error:
             raise UnreachableError(
-                f"the corpus did not arrive ({error.code().name.lower()})", hint="Join again: it goes on from there."
+                f"the corpus did not arrive ({error.code().name.lower()})",
+                hint="Join again: it goes on from there.",
             ) from None
         except OSError as error:
             raise StateError(f"{part}: {error}", hint="Free some space: --data-dir names the folder.") from None
@@ -295,7 +298,9 @@ class Control:
                     )
 
         method = self._channel.stream_unary(
-            UPLOAD, request_serializer=pb.UploadPiece.SerializeToString, response_deserializer=pb.UploadResult.FromString
+            UPLOAD,
+            request_serializer=pb.UploadPiece.SerializeToString,
+            response_deserializer=pb.UploadResult.FromString,
         )
         try:
             result = await method(pieces())

@@ -95,9 +95,7 @@ async def join(ticket: Ticket, config: WorkerConfig, leave: asyncio.Event, say: 
 
 
 class _Worker:
-    def __init__(
-        self, ticket: Ticket, config: WorkerConfig, identity: Identity, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, ticket: Ticket, config: WorkerConfig, identity: Identity, say: Callable[[str], None]) -> None:
         self.ticket, self.config, self.identity, self.say = ticket, config, identity, say
         self.folder = config.data_dir / "runs" / ticket.run
         self.meter = Meter()
@@ -131,9 +129,7 @@ class _Worker:
             if plan is None or request.stage >= len(plan.stages) or request.step != plan.first_step:
                 return None
             stage = plan.stages[request.stage]
-            state = points.find(
-                "round", plan.origin_generation, request.step, (stage.first_layer, stage.last_layer)
-            )
+            state = points.find("round", plan.origin_generation, request.step, (stage.first_layer, stage.last_layer))
             return None if state is None else to_bytes(state.shared())
 
         def on_fault(generation: int, peer: str, text: str) -> None:

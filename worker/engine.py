@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -93,7 +93,13 @@ class Engine:
     """One worker's computing. ``run`` returns when nothing more is wanted, and raises what it cannot mend."""
 
     def __init__(
-        self, config: EngineConfig, views: Views, links: Links, mailbox: Mailbox, points: SavePoints, hq: Headquarters
+        self,
+        config: EngineConfig,
+        views: Views,
+        links: Links,
+        mailbox: Mailbox,
+        points: SavePoints,
+        hq: Headquarters,
     ) -> None:
         self.config, self.views, self.links, self.mailbox = config, views, links, mailbox
         self.points, self.hq = points, hq
@@ -344,9 +350,7 @@ class Engine:
         rounds = [p for p in self.points.points() if p.kind == "round" and p.step == view.committed and p.digest]
         if rounds:
             newest = rounds[-1]
-            state = self.points.find(
-                "round", newest.generation, newest.step, (newest.first_layer, newest.last_layer)
-            )
+            state = self.points.find("round", newest.generation, newest.step, (newest.first_layer, newest.last_layer))
             if state is not None:
                 self.points.save(state)
 
@@ -355,9 +359,7 @@ class Engine:
         found = [p for p in self.points.points() if p.kind == "round" and p.step == step]
         state = None
         if found:
-            state = self.points.find(
-                "round", found[-1].generation, step, (self.stage.first, self.stage.last)
-            )
+            state = self.points.find("round", found[-1].generation, step, (self.stage.first, self.stage.last))
         if state is None:
             raise StateError(f"the round of step {step} is not here any more")
         tensors = {name: t.contiguous() for name, t in self.stage.named(state.g).items()}

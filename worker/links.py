@@ -132,7 +132,12 @@ class Links:
                     await self._serve(channel.peer_id, header)
                 else:
                     address = Address(
-                        header.generation, header.kind, header.step, header.part, header.microbatch, channel.peer_id
+                        header.generation,
+                        header.kind,
+                        header.step,
+                        header.part,
+                        header.microbatch,
+                        channel.peer_id,
                     )
                     self.mailbox.put(address, frame)
 
@@ -201,7 +206,9 @@ def fetch_state(
     return bytes(data)
 
 
-def frame_check(run: bytes, boundary: Callable[[Header], None], weights_nbytes: Callable[[int], int], most: int) -> Callable[[Header], None]:
+def frame_check(
+    run: bytes, boundary: Callable[[Header], None], weights_nbytes: Callable[[int], int], most: int
+) -> Callable[[Header], None]:
     """What may come in at all: this run's frames, of sizes that its shapes and codecs allow.
 
     ``weights_nbytes(n)`` is the exact size of a round's payload for n weights; ``most`` the weights of the largest

@@ -91,9 +91,7 @@ class StageModule(nn.Module):
     def loss_sum(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy summed over the targets that are not ``IGNORED``; a scalar in fp32."""
         logits = self.logits(hidden_BTD).float()
-        return F.cross_entropy(
-            logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @functools.lru_cache(maxsize=8)

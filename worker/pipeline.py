@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ..compression.codec import Codec, build
 from ..protocol.config import RunConfig
+from ..protocol.errors import WireError
 from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame
 from ..protocol.plan import Plan
 from .data import Dataset
 from .mailbox import Address
+from .model import IGNORED
 from .stage import Stage
 
 TRAIN, EVAL = 0, 1  # Header.part of an activation
@@ -81,7 +83,6 @@ class Flight:
     source: Tensor
     targets: Tensor
     output: Tensor | None = None  # kept graph, when nothing is recomputed
-    extra: list[Tensor] = field(default_factory=list)
 
 
 def one_f_one_b(count: int, stages_after: int, run_ahead: int) -> Iterator[tuple[str, int]]:
@@ -110,9 +111,7 @@ class Pipeline:
         result = StepResult()
         self._flights.clear()
         served = self.seat.served
-        order = one_f_one_b(
-            len(served), self.seat.stages - 1 - self.seat.stage, self.config.pipeline.run_ahead
-        )
+        order = one_f_one_b(len(served), self.seat.stages - 1 - self.seat.stage, self.config.pipeline.run_ahead)
         for action, i in order:
             if action == "F":
                 self._forward(step, served[i], result)
@@ -179,9 +178,7 @@ class Pipeline:
         if not self.seat.is_first:
             assert flight.source.grad is not None
             back = self.seat.plan.peer_of(self.seat.stage - 1, m)
-            self._post(
-                back, Kind.GRADIENT, step, TRAIN, m, [(self.backward_codec, flight.source.grad)], b"", 0
-            )
+            self._post(back, Kind.GRADIENT, step, TRAIN, m, self.backward_codec, flight.source.grad)
 
     def _input(self, step: int, m: int, part: int) -> tuple[Tensor, Tensor]:
         """This stage's input for a microbatch and its targets [B, T] (int64)."""
@@ -206,10 +203,7 @@ class Pipeline:
     def _send_forward(self, step: int, m: int, hidden: Tensor, targets: Tensor, part: int) -> None:
         lane = m if part == TRAIN else self._lane(m)
         ahead = self.seat.plan.peer_of(self.seat.stage + 1, lane)
-        raw = encode_ids(targets)
-        self._post(
-            ahead, Kind.ACTIVATION, step, part, m, [(self.forward_codec, hidden)], raw, int(targets.numel())
-        )
+        self._post(ahead, Kind.ACTIVATION, step, part, m, self.forward_codec, hidden, targets)
 
     def _post(
         self,
@@ -218,36 +212,31 @@ class Pipeline:
         step: int,
         part: int,
         m: int,
-        tensors: list[tuple[Codec, Tensor]],
-        ids: bytes,
-        targets: int,
+        codec: Codec,
+        tensor: Tensor,
+        targets: Tensor | None = None,
     ) -> None:
-        payload, specs, dense = bytearray(), [], 0
-        for codec, tensor in tensors:
-            data = codec.encode(tensor.cpu())
-            specs.append(TensorSpec(codec=codec.spec, shape=tuple(tensor.shape), nbytes=len(data)))
-            payload += data
-            dense += 2 * tensor.numel()
-        if ids:
-            specs.append(
-                TensorSpec(codec=IDS, shape=(tensors[0][1].shape[0], tensors[0][1].shape[1]), nbytes=len(ids))
-            )
+        payload = codec.encode(tensor.cpu())
+        specs = [TensorSpec(codec=codec.spec, shape=tuple(tensor.shape), nbytes=len(payload))]
+        dense = 2 * tensor.numel()
+        if targets is not None:
+            name, ids = encode_ids(targets, self.stage.vocab_size)
+            specs.append(TensorSpec(codec=name, shape=tuple(targets.shape), nbytes=len(ids)))
             payload += ids
             dense += len(ids)
-        receiver = self.seat.stage + (1 if kind == Kind.ACTIVATION else -1)
         frame = make_frame(
+            payload,
             kind=kind,
             run=self.seat.run,
             generation=self.seat.plan.generation,
             step=step,
-            stage=receiver,
+            stage=self.seat.stage + (1 if kind == Kind.ACTIVATION else -1),
             microbatch=m,
             attempt=0,
             part=part,
             tensors=tuple(specs),
-            targets=targets,
+            targets=0 if targets is None else targets.numel(),
             dense_nbytes=dense,
-            payload=bytes(payload),
         )
         self.wire.post(peer, frame)
 
@@ -258,25 +247,32 @@ class Pipeline:
         return frame
 
 
-IDS = "ids32"  # token ids as little-endian int32; IGNORED targets are negative
+IDS = {"ids16": "<u2", "ids32": "<u4"}  # token ids plus one, so that 0 says IGNORED
 
 
-def encode_ids(ids_BT: Tensor) -> bytes:
-    """Targets [B, T] to bytes."""
-    return ids_BT.cpu().numpy().astype("<i4").tobytes()
+def encode_ids(ids_BT: Tensor, vocab_size: int) -> tuple[str, bytes]:
+    """Targets [B, T] as (codec, bytes): two bytes each if the vocabulary allows."""
+    codec = ids_codec(vocab_size)
+    return codec, (ids_BT.cpu().numpy() + 1).clip(min=0).astype(IDS[codec]).tobytes()
 
 
 def decode_ids(payload: memoryview, spec: TensorSpec) -> Tensor:
     """Bytes to targets [B, T], int64."""
-    return torch.from_numpy(np.frombuffer(payload, dtype="<i4").astype(np.int64)).view(*spec.shape)
+    ids = torch.from_numpy(np.frombuffer(payload, dtype=IDS[spec.codec]).astype(np.int64)).view(*spec.shape)
+    return torch.where(ids == 0, IGNORED, ids - 1)
+
+
+def ids_codec(vocab_size: int) -> str:
+    return "ids16" if vocab_size < 2**16 else "ids32"
 
 
 def boundary_check(config: RunConfig, vocab_size: int) -> Callable[[Header], None]:
     """A check for incoming activations and gradients: what this run's boundary tensors look like, to the byte."""
-    from ..protocol.errors import WireError
-
     model, pipeline = config.model, config.pipeline
-    codecs = {Kind.ACTIVATION: build(config.activations.forward), Kind.GRADIENT: build(config.activations.backward)}
+    codecs = {
+        Kind.ACTIVATION: build(config.activations.forward),
+        Kind.GRADIENT: build(config.activations.backward),
+    }
 
     def check(header: Header) -> None:
         codec = codecs[header.kind]
@@ -294,7 +290,12 @@ def boundary_check(config: RunConfig, vocab_size: int) -> Callable[[Header], Non
             raise WireError(f"a boundary tensor of {hidden.shape} as {hidden.codec} in {hidden.nbytes} bytes")
         if wanted == 2:
             ids = header.tensors[1]
-            if ids.codec != IDS or ids.shape != hidden.shape[:2] or ids.nbytes != 4 * ids.shape[0] * ids.shape[1]:
+            size = (
+                np.dtype(IDS[ids_codec(vocab_size)]).itemsize * ids.shape[0] * ids.shape[1]
+                if len(ids.shape) == 2
+                else 0
+            )
+            if ids.codec != ids_codec(vocab_size) or ids.shape != hidden.shape[:2] or ids.nbytes != size:
                 raise WireError(f"targets of {ids.shape} as {ids.codec} in {ids.nbytes} bytes")
 
     return check

@@ -63,6 +63,7 @@ class Stage:
 
     def __init__(self, config: RunConfig, vocab_size: int, first: int, last: int, device: str = "cpu") -> None:
         self.config, self.first, self.last, self.device = config, first, last, torch.device(device)
+        self.vocab_size = vocab_size
         self.module = StageModule(config.model, vocab_size, first, last, config.seed).to(self.device)
         parameters = list(self.module.parameters())
         n = sum(p.numel() for p in parameters)

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+
 from potluck.compression.codec import CodecError, Packed, build, pack, unpack
 
 SPECS = ["fp32", "fp16", "bf16", *(f"int{b}:tile={t}" for b in (2, 4, 8) for t in (32, 64, 128))]
@@ -14,9 +15,7 @@ SHAPES = st.lists(st.integers(0, 5), max_size=3).flatmap(
 
 @given(spec=st.sampled_from(SPECS), shape=SHAPES, seed=st.integers(0, 1 << 30), power=st.integers(-45, 38))
 @settings(max_examples=400, deadline=None)
-def test_round_trip_has_the_promised_size_and_shape(
-    spec: str, shape: tuple[int, ...], seed: int, power: int
-) -> None:
+def test_round_trip_has_the_promised_size_and_shape(spec: str, shape: tuple[int, ...], seed: int, power: int) -> None:
     codec = build(spec)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * (10.0**power)
     x = x.clamp(-3.4e38, 3.4e38)
@@ -66,9 +65,7 @@ def test_no_dimensions_one_element_and_none(spec: str) -> None:
 
 @given(spec=st.sampled_from(SPECS), shape=SHAPES, data=st.binary(max_size=64), fit=st.booleans())
 @settings(max_examples=1500, deadline=None)
-def test_decode_of_garbage_raises_or_has_the_shape(
-    spec: str, shape: tuple[int, ...], data: bytes, fit: bool
-) -> None:
+def test_decode_of_garbage_raises_or_has_the_shape(spec: str, shape: tuple[int, ...], data: bytes, fit: bool) -> None:
     codec = build(spec)
     n = codec.nbytes(shape)
     payload = (data * (n // max(len(data), 1) + 1))[:n] if fit else data
@@ -80,9 +77,7 @@ def test_decode_of_garbage_raises_or_has_the_shape(
     assert spec.startswith(("fp", "bf")) or torch.isfinite(y).all()
 
 
-@pytest.mark.parametrize(
-    "shape", [(-1,), (-1, -4), (1 << 60,), (0, 1 << 60), (1,) * 9, (1.5,), ("4",), (1 << 100, 0)]
-)
+@pytest.mark.parametrize("shape", [(-1,), (-1, -4), (1 << 60,), (0, 1 << 60), (1,) * 9, (1.5,), ("4",), (1 << 100, 0)])
 def test_impossible_shapes_are_refused(shape: tuple[int, ...]) -> None:
     for spec in SPECS:
         with pytest.raises(CodecError):
@@ -94,9 +89,7 @@ def test_a_large_shape_with_a_short_payload_allocates_nothing() -> None:
         build("int2").decode(b"abc", (1 << 20, 1 << 20))
 
 
-@pytest.mark.parametrize(
-    "spec", ["", "int3", "int4:tile=63", "int4:", "INT4", "fp64", "int4:tile=064", "x" * 999]
-)
+@pytest.mark.parametrize("spec", ["", "int3", "int4:tile=63", "int4:", "INT4", "fp64", "int4:tile=064", "x" * 999])
 def test_unknown_specs_name_the_legal_ones(spec: str) -> None:
     with pytest.raises(CodecError, match=r"fp32, fp16, bf16, int\{2,4,8\}:tile") as caught:
         build(spec)

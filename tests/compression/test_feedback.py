@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from potluck.compression.feedback import ErrorFeedback
 from potluck.compression.sync import SyncCodec
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from potluck.compression.codec import build
 from potluck.compression.mask import seeded_indices
 from potluck.compression.sync import SyncCodec

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+
 from potluck.compression.codec import CodecError
 from potluck.compression.mask import seeded_indices
 from potluck.compression.sync import Sparse, SyncCodec
@@ -95,9 +96,7 @@ def test_cocktail_wire_size() -> None:
 
 @given(codec=CODECS, n=st.integers(0, 400), seed=st.integers(0, 99), data=st.binary(min_size=1, max_size=64))
 @settings(max_examples=1500, deadline=None)
-def test_garbage_raises_or_decodes_to_the_right_shape(
-    codec: SyncCodec, n: int, seed: int, data: bytes
-) -> None:
+def test_garbage_raises_or_decodes_to_the_right_shape(codec: SyncCodec, n: int, seed: int, data: bytes) -> None:
     size = codec.nbytes(n)
     for payload in (data, (data * (size // len(data) + 1))[:size]):
         try:

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+
 from potluck.compression.codec import CodecError, build
 from potluck.compression.tile import DIVISORS, pack_codes, packed_nbytes, unpack_codes
 
@@ -87,9 +88,7 @@ def test_bytes_of_a_row_depend_on_that_row_only(spec: str) -> None:
 
 def test_wire_bits_per_value() -> None:
     for bits, expected in ((2, 2.252), (4, 4.252), (8, 8.252)):
-        assert build(f"int{bits}").nbytes((1, 2048, 4096)) * 8 / (2048 * 4096) == pytest.approx(
-            expected, abs=1e-3
-        )
+        assert build(f"int{bits}").nbytes((1, 2048, 4096)) * 8 / (2048 * 4096) == pytest.approx(expected, abs=1e-3)
 
 
 def test_an_outlier_spoils_only_its_tile() -> None:
@@ -110,9 +109,7 @@ def test_scales_that_are_not_finite_are_refused(where: int) -> None:
         codec.decode(bytes(payload), (1, 64))
 
 
-@given(
-    bits=st.sampled_from([2, 4, 8]), rows=st.integers(1, 3), n=st.integers(1, 40), seed=st.integers(0, 999)
-)
+@given(bits=st.sampled_from([2, 4, 8]), rows=st.integers(1, 3), n=st.integers(1, 40), seed=st.integers(0, 999))
 @settings(max_examples=150, deadline=None)
 def test_packing_is_lossless(bits: int, rows: int, n: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)

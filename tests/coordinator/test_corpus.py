@@ -11,20 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+
 from potluck.coordinator import corpus
 from potluck.coordinator.corpus import prepare
 from potluck.protocol.errors import ConfigError, StateError
 from potluck.protocol.manifest import MANIFEST_FILE, TOKENIZER_FILE, TOKENS_FILE, Manifest
-from tokenizers import Tokenizer
 
 SMALL: dict[str, Any] = {"vocab_size": 300, "seq_len": 16, "seed": 0}
 
 
 def write_jsonl(path: Path, n_documents: int = 60) -> Path:
-    lines = [
-        json.dumps({"text": f"marker{i:04d} " + f"word{i % 7} and more of it, " * 12})
-        for i in range(n_documents)
-    ]
+    lines = [json.dumps({"text": f"marker{i:04d} " + f"word{i % 7} and more of it, " * 12}) for i in range(n_documents)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -150,9 +148,7 @@ def test_the_same_parameters_reuse_what_is_there(tmp_path: Path) -> None:
     assert [line for line, _ in said] == [f"{source}: reused, {first.n_tokens:,} tokens"]
 
 
-@pytest.mark.parametrize(
-    "change", [{"vocab_size": 290}, {"seq_len": 8}, {"seed": 1}, {"heldout_share": 0.3}], ids=str
-)
+@pytest.mark.parametrize("change", [{"vocab_size": 290}, {"seq_len": 8}, {"seed": 1}, {"heldout_share": 0.3}], ids=str)
 def test_other_parameters_rebuild(tmp_path: Path, change: dict[str, Any]) -> None:
     source = str(write_jsonl(tmp_path / "a.jsonl"))
     first = prepare(source, tmp_path / "out", **SMALL)
@@ -193,9 +189,7 @@ def test_folders_and_plain_text(tmp_path: Path) -> None:
     assert not any(absent in everything for absent in ("\ufeff", "not,this", "nor this"))
 
 
-@pytest.mark.parametrize(
-    "text", ["abc def. " * 40_000, "x" * 300_000, "line\n" * 60_000, "a\n\nb\n\n" * 50_000]
-)
+@pytest.mark.parametrize("text", ["abc def. " * 40_000, "x" * 300_000, "line\n" * 60_000, "a\n\nb\n\n" * 50_000])
 def test_plain_text_is_cut_without_losing_a_character(text: str) -> None:
     blocks = [text[at : at + 70_001] for at in range(0, len(text), 70_001)]
     pieces = list(corpus._pieces(iter(blocks)))
@@ -243,9 +237,7 @@ def test_parameters_outside_their_range_are_refused(tmp_path: Path, change: dict
     assert f"{next(iter(change))} = " in the_error("builtin", tmp_path / "out", **change)
 
 
-def test_a_folder_that_cannot_be_written_is_a_state_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_is_a_state_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = str(write_jsonl(tmp_path / "a.jsonl"))
     in_the_way = tmp_path / "file"
     in_the_way.write_text("", encoding="utf-8")

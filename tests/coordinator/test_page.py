@@ -83,9 +83,7 @@ class Page:
         await self.until("document.readyState === 'complete'")
 
     async def value(self, expression: str) -> Any:
-        answer = await self.call(
-            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
-        )
+        answer = await self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -113,9 +111,7 @@ async def browser(profile: Path) -> AsyncIterator[Page]:
     os.close(answers_out)
     reader = asyncio.StreamReader(limit=1 << 24)
     answers = os.fdopen(answers_in, "rb")
-    pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), answers
-    )
+    pipe, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), answers)
     page = Page(reader, commands_out)
     try:
         yield page
@@ -254,9 +250,7 @@ async def test_page_shows_the_run_and_nothing_foreign(tmp_path: Path) -> None:
         await check_words(page)
         source.update(step=31)
         await page.until("document.getElementById('step').textContent === '31 of 120'")
-        await page.call(
-            "Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True
-        )
+        await page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
         await page.until("document.documentElement.scrollWidth === 360")
         assert await page.value("document.getElementById('tip').hidden") is False
         assert page.complaints == []

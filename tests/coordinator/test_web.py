@@ -112,9 +112,7 @@ def strict(response: httpx.Response) -> bool:
     return all(response.headers.get(name) == value for name, value in web.HEADERS.items())
 
 
-@pytest.mark.parametrize(
-    "path", [*PATHS, "/nothing", "/static/nothing", "/static/../web.py", "/api/points?after=x"]
-)
+@pytest.mark.parametrize("path", [*PATHS, "/nothing", "/static/nothing", "/static/../web.py", "/api/points?after=x"])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
 async def test_every_answer_is_strict(client: httpx.AsyncClient, method: str, path: str) -> None:
     response = await client.request(method, path)

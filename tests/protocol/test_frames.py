@@ -141,11 +141,7 @@ VALID = [
 
 
 @settings(max_examples=2000, deadline=None)
-@given(
-    st.one_of(
-        st.binary(max_size=200), st.builds(lambda k, b: bytes((k,)) + b, st.integers(0, 7), st.binary())
-    )
-)
+@given(st.one_of(st.binary(max_size=200), st.builds(lambda k, b: bytes((k,)) + b, st.integers(0, 7), st.binary())))
 @example(b"")
 @example(bytes(MESSAGE_NBYTES + 1))
 @example(b"\x03" + bytes(8) + b"\x00\x03\xa2\xff\xff")
@@ -157,9 +153,7 @@ def test_any_bytes_give_a_message_or_a_wire_error(data: bytes) -> None:
 
 @settings(max_examples=2000, deadline=None)
 @given(st.sampled_from(VALID), st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=4))
-def test_damaged_messages_give_a_message_or_a_wire_error(
-    message: bytes, changes: list[tuple[int, int]]
-) -> None:
+def test_damaged_messages_give_a_message_or_a_wire_error(message: bytes, changes: list[tuple[int, int]]) -> None:
     damaged = bytearray(message)
     for position, value in changes:
         damaged[position % len(damaged)] = value

@@ -11,9 +11,7 @@ from potluck.protocol.ticket import PREFIX, Ticket
 
 pytestmark = pytest.mark.timeout(30)
 
-TICKET = Ticket(
-    url="potluck.example:7000", fingerprint="0f" * 32, run="gptjt-1", secret="s3cret", expires=2000
-)
+TICKET = Ticket(url="potluck.example:7000", fingerprint="0f" * 32, run="gptjt-1", secret="s3cret", expires=2000)
 TEXT = TICKET.encode()
 
 

@@ -84,9 +84,7 @@ async def test_a_taken_port_is_an_error(server: tuple[str, Certificate]) -> None
     assert "0 for any free one" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    "address", ["", "host", "host:", ":80", "host:0", "host:99999", "unix:/x:1", "a b:1", "h:x"]
-)
+@pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:0", "host:99999", "unix:/x:1", "a b:1", "h:x"])
 def test_what_is_not_an_address(address: str) -> None:
     with pytest.raises(UnreachableError) as caught:
         split_address(address)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,13 +14,10 @@ import pytest
 from potluck.protocol.channel import Channel
 from potluck.protocol.errors import PotluckError, UnreachableError, WireError
 from potluck.protocol.frames import Frame, Header, Kind, Purpose, TensorSpec, make_frame
-from potluck.protocol.grpc_transport import METHOD, SERVICE, GrpcTransport
+from potluck.protocol.grpc_transport import METHOD, SERVICE
 from potluck.protocol.identity import Identity
-from potluck.protocol.memory import MemoryNetwork
-from potluck.protocol.meter import Meter
-from potluck.protocol.pipe import ChannelConfig
 from potluck.protocol.tls import Certificate, fetch_certificate, pinned_channel, split_address, start_server
-from potluck.protocol.transport import Transport, TransportConfig
+from potluck.protocol.transport import TransportConfig
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -47,123 +43,6 @@ def frame(index: int, nbytes: int = 100) -> Frame:
     )
 
 
-class Proxy:
-    """A line between two peers that can be cut."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._target = (host, port)
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.budget: int | None = None
-        self.refusing = False
-
-    async def start(self) -> str:
-        self._server = await asyncio.start_server(self._join, "127.0.0.1", 0)
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.refusing:
-            writer.transport.abort()
-            return
-        far_reader, far_writer = await asyncio.open_connection(*self._target)
-        self._writers |= {writer, far_writer}
-        for source, sink, counted in ((reader, far_writer, True), (far_reader, writer, False)):
-            task = asyncio.create_task(self._pump(source, sink, counted))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counted: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                if counted and self.budget is not None:
-                    self.budget -= len(data)
-                    if self.budget < 0:
-                        self.budget = None
-                        self.cut()
-                        return
-                writer.write(data)
-                await writer.drain()
-        writer.transport.abort()
-
-    def cut(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
-        self._writers.clear()
-
-    async def close(self) -> None:
-        self.cut()
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-class Rig:
-    """Two transports, ``a`` dialling ``b`` over a line that can be cut."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.accepted: asyncio.Queue[Channel] = asyncio.Queue()
-        self.errors: list[WireError] = []
-        self.network = MemoryNetwork()
-        self.proxy: Proxy | None = None
-        self._closing: list[Transport] = []
-
-    def config(self, admit: Callable[[str], bool] | None = None, **fields: Any) -> TransportConfig:
-        channel = {"give_up": 10 * SECOND, "close_timeout": 10 * SECOND, "first_backoff": SECOND / 50}
-        channel |= {"meter": Meter(), "on_error": lambda _, error: self.errors.append(error)} | fields
-        return TransportConfig(run="r", admit=admit or (lambda _: True), channel=ChannelConfig(**channel))
-
-    def transport(self, name: str, config: TransportConfig) -> Any:
-        if self.kind == "memory":
-            made: Any = self.network.join(name, config)
-        else:
-            made = GrpcTransport(Identity.generate(), Certificate.generate(), config)
-        self._closing.append(made)
-        return made
-
-    async def start(self, a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> None:
-        self.config_a, self.config_b = self.config(**a or {}), self.config(**b or {})
-        self.a, self.b = self.transport("a", self.config_a), self.transport("b", self.config_b)
-        self.addresses = await self.b.listen(self.accepted.put_nowait)
-        if self.kind == "grpc":
-            self.proxy = Proxy(*split_address(self.addresses[0]))
-            self.addresses = [await self.proxy.start()]
-
-    async def connect(self, **sides: dict[str, Any]) -> tuple[Channel, Channel]:
-        await self.start(**sides)
-        near = await self.a.dial(self.b.peer_id, self.addresses)
-        return near, await self.accepted.get()
-
-    def cut(self) -> None:
-        self.network.cut("a", "b")
-        if self.proxy:
-            self.proxy.cut()
-
-    def cut_after(self, nbytes: int) -> None:
-        self.network.cut_after("a", "b", nbytes)
-        if self.proxy:
-            self.proxy.budget = nbytes
-
-    def refuse(self) -> None:
-        self.network.refuse("a", "b")
-        if self.proxy:
-            self.proxy.refusing = True
-            self.proxy.cut()
-
-    async def close(self) -> None:
-        await asyncio.gather(*(transport.close() for transport in self._closing))
-        if self.proxy:
-            await self.proxy.close()
-
-
-@pytest.fixture(params=["memory", "grpc"])
-async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    made = Rig(request.param)
-    yield made
-    await made.close()
-
-
 async def receive(channel: Channel, count: int) -> list[int]:
     got = []
     for _ in range(count):
@@ -183,7 +62,7 @@ def spent(config: TransportConfig, direction: str, purpose: Purpose) -> int:
     return sum(t.nbytes for t in traffic if (t.direction, t.purpose) == (direction, purpose))
 
 
-async def test_many_small_frames_both_ways_in_order(rig: Rig) -> None:
+async def test_many_small_frames_both_ways_in_order(rig: Any) -> None:
     near, far = await rig.connect()
     frames = [frame(i) for i in range(1500)]
     _, _, forth, back = await asyncio.gather(
@@ -195,14 +74,14 @@ async def test_many_small_frames_both_ways_in_order(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 5 * MIB + 3])
-async def test_frames_of_any_size_arrive_whole(rig: Rig, nbytes: int) -> None:
+async def test_frames_of_any_size_arrive_whole(rig: Any, nbytes: int) -> None:
     near, far = await rig.connect()
     await near.send(frame(7, nbytes))
     assert await far.recv() == frame(7, nbytes)
     await near.drain()
 
 
-async def test_a_slow_reader_holds_the_sender_back(rig: Rig) -> None:
+async def test_a_slow_reader_holds_the_sender_back(rig: Any) -> None:
     windows = {"send_window_nbytes": MIB, "receive_window_nbytes": MIB}
     near, far = await rig.connect(a=windows, b=windows)
     size, count = MIB // 4, 40
@@ -221,7 +100,7 @@ async def test_a_slow_reader_holds_the_sender_back(rig: Rig) -> None:
     await task
 
 
-async def test_an_unread_inbox_does_not_stop_the_other_direction(rig: Rig) -> None:
+async def test_an_unread_inbox_does_not_stop_the_other_direction(rig: Any) -> None:
     windows = {"send_window_nbytes": MIB, "receive_window_nbytes": MIB}
     near, far = await rig.connect(a=windows, b=windows)
     stuffing = asyncio.create_task(send(far, [frame(i, MIB // 4) for i in range(12)]))
@@ -232,7 +111,7 @@ async def test_an_unread_inbox_does_not_stop_the_other_direction(rig: Rig) -> No
     await stuffing
 
 
-async def test_a_cut_in_mid_frame_resumes_without_loss_or_duplicate(rig: Rig) -> None:
+async def test_a_cut_in_mid_frame_resumes_without_loss_or_duplicate(rig: Any) -> None:
     near, far = await rig.connect()
     rig.cut_after(2_700_000)
     _, got = await asyncio.gather(send(near, [frame(i, MIB) for i in range(8)]), receive(far, 8))
@@ -245,7 +124,7 @@ async def test_a_cut_in_mid_frame_resumes_without_loss_or_duplicate(rig: Rig) ->
     assert dense == 4 * 8 * MIB
 
 
-async def test_many_cuts_under_traffic_both_ways(rig: Rig) -> None:
+async def test_many_cuts_under_traffic_both_ways(rig: Any) -> None:
     near, far = await rig.connect()
 
     async def receive_and_cut() -> list[int]:
@@ -264,7 +143,7 @@ async def test_many_cuts_under_traffic_both_ways(rig: Rig) -> None:
     assert rig.errors == []
 
 
-async def test_close_waits_for_acknowledgements(rig: Rig) -> None:
+async def test_close_waits_for_acknowledgements(rig: Any) -> None:
     near, far = await rig.connect()
     await send(near, [frame(i, MIB) for i in range(5)])
     await near.close()
@@ -276,7 +155,7 @@ async def test_close_waits_for_acknowledgements(rig: Rig) -> None:
         await near.send(frame(0))
 
 
-async def test_close_says_when_frames_were_not_acknowledged(rig: Rig) -> None:
+async def test_close_says_when_frames_were_not_acknowledged(rig: Any) -> None:
     near, _ = await rig.connect(a={"close_timeout": SECOND / 5}, b={"close_timeout": SECOND / 5})
     rig.refuse()
     await near.send(frame(1))
@@ -287,7 +166,7 @@ async def test_close_says_when_frames_were_not_acknowledged(rig: Rig) -> None:
     assert time.monotonic() - began < 5
 
 
-async def test_a_peer_that_is_gone_ends_both_sides_in_bounded_time(rig: Rig) -> None:
+async def test_a_peer_that_is_gone_ends_both_sides_in_bounded_time(rig: Any) -> None:
     near, far = await rig.connect(a={"give_up": SECOND / 2}, b={"give_up": SECOND / 2})
     rig.refuse()
     for channel in (near, far):
@@ -300,7 +179,7 @@ async def test_a_peer_that_is_gone_ends_both_sides_in_bounded_time(rig: Rig) -> 
         await channel.close()
 
 
-async def test_another_peer_at_the_address_is_refused(rig: Rig) -> None:
+async def test_another_peer_at_the_address_is_refused(rig: Any) -> None:
     await rig.start()
     with pytest.raises(UnreachableError) as caught:
         await rig.a.dial(Identity.generate().peer_id, rig.addresses)
@@ -308,7 +187,7 @@ async def test_another_peer_at_the_address_is_refused(rig: Rig) -> None:
     assert rig.accepted.empty()
 
 
-async def test_a_peer_outside_the_plan_is_refused(rig: Rig) -> None:
+async def test_a_peer_outside_the_plan_is_refused(rig: Any) -> None:
     await rig.start(b={"admit": lambda peer_id: False})
     with pytest.raises(UnreachableError) as caught:
         await rig.a.dial(rig.b.peer_id, rig.addresses)
@@ -316,7 +195,7 @@ async def test_a_peer_outside_the_plan_is_refused(rig: Rig) -> None:
     assert rig.accepted.empty()
 
 
-async def test_nobody_at_the_address(rig: Rig) -> None:
+async def test_nobody_at_the_address(rig: Any) -> None:
     await rig.start()
     rig.refuse()
     with pytest.raises(UnreachableError):
@@ -325,7 +204,14 @@ async def test_nobody_at_the_address(rig: Rig) -> None:
         await rig.a.dial(rig.b.peer_id, [])
 
 
-async def test_a_header_that_is_not_expected_is_refused_before_its_payload(rig: Rig) -> None:
+async def test_a_dead_address_does_not_hide_a_live_one(rig: Any, unused_tcp_port: int) -> None:
+    await rig.start()
+    near = await rig.a.dial(rig.b.peer_id, [f"127.0.0.1:{unused_tcp_port}", *rig.addresses])
+    await near.send(frame(1))
+    assert await receive(await rig.accepted.get(), 1) == [1]
+
+
+async def test_a_header_that_is_not_expected_is_refused_before_its_payload(rig: Any) -> None:
     def check(header: Header) -> None:
         if header.nbytes > 1000:
             raise WireError("only 1000 bytes are due")
@@ -343,7 +229,7 @@ async def test_a_header_that_is_not_expected_is_refused_before_its_payload(rig: 
     assert spent(rig.config_b, "in", Purpose.ACTIVATION) < 3.2 * 256 * 1024, "read on after the header"
 
 
-async def test_an_oversized_frame_is_refused_on_both_ends(rig: Rig) -> None:
+async def test_an_oversized_frame_is_refused_on_both_ends(rig: Any) -> None:
     near, far = await rig.connect(a={"max_frame_nbytes": 2 * MIB}, b={"max_frame_nbytes": MIB})
     with pytest.raises(WireError):
         await near.send(frame(0, 2 * MIB + 1))
@@ -352,19 +238,18 @@ async def test_an_oversized_frame_is_refused_on_both_ends(rig: Rig) -> None:
         await far.recv()
 
 
-async def test_both_ends_count_the_same_bytes(rig: Rig) -> None:
+async def test_both_ends_count_the_same_bytes(rig: Any) -> None:
     near, far = await rig.connect()
     await asyncio.gather(send(near, [frame(i, 300_000) for i in range(10)]), receive(far, 10))
     await near.drain()
     sent, got = (
-        spent(config, way, Purpose.ACTIVATION)
-        for config, way in ((rig.config_a, "out"), (rig.config_b, "in"))
+        spent(config, way, Purpose.ACTIVATION) for config, way in ((rig.config_a, "out"), (rig.config_b, "in"))
     )
     assert sent == got
     assert 3_000_000 < sent < 3_000_000 * 1.06
 
 
-async def test_path_tells_round_trip_and_rate(rig: Rig) -> None:
+async def test_path_tells_round_trip_and_rate(rig: Any) -> None:
     near, far = await rig.connect()
     await asyncio.gather(send(near, [frame(i, MIB) for i in range(8)]), receive(far, 8))
     await near.drain()
@@ -376,7 +261,7 @@ async def test_path_tells_round_trip_and_rate(rig: Rig) -> None:
     assert path.bytes_per_second > 1000
 
 
-async def test_two_channels_between_the_same_peers_are_apart(rig: Rig) -> None:
+async def test_two_channels_between_the_same_peers_are_apart(rig: Any) -> None:
     near, far = await rig.connect()
     second = await rig.a.dial(rig.b.peer_id, rig.addresses)
     far_second = await rig.accepted.get()
@@ -385,8 +270,8 @@ async def test_two_channels_between_the_same_peers_are_apart(rig: Rig) -> None:
     assert (await receive(far_second, 1), await receive(far, 1)) == ([2], [1])
 
 
-async def test_a_restarted_listener_ends_the_channel() -> None:
-    rig = Rig("memory")
+@pytest.mark.parametrize("rig", ["memory"], indirect=True)
+async def test_a_restarted_listener_ends_the_channel(rig: Any) -> None:
     near, far = await rig.connect()
     restarted = rig.transport("b", rig.config_b)
     await restarted.listen(rig.accepted.put_nowait)
@@ -395,11 +280,10 @@ async def test_a_restarted_listener_ends_the_channel() -> None:
         await near.recv()
     assert caught.value.code == "reset"
     far.abort(UnreachableError("killed"))
-    await rig.close()
 
 
-async def test_a_man_in_the_middle_is_refused_by_both_ends() -> None:
-    rig = Rig("grpc")
+@pytest.mark.parametrize("rig", ["grpc"], indirect=True)
+async def test_a_man_in_the_middle_is_refused_by_both_ends(rig: Any) -> None:
     await rig.start()
     host, port = split_address(rig.addresses[0])
     der = await fetch_certificate(host, port, SECOND * 5)
@@ -414,13 +298,10 @@ async def test_a_man_in_the_middle_is_refused_by_both_ends() -> None:
         call.cancel()
         await channel.close(None)
 
-    handler = grpc.method_handlers_generic_handler(
-        SERVICE, {METHOD: grpc.stream_stream_rpc_method_handler(relay)}
-    )
+    handler = grpc.method_handlers_generic_handler(SERVICE, {METHOD: grpc.stream_stream_rpc_method_handler(relay)})
     server, port = await start_server("127.0.0.1", 0, [handler], Certificate.generate())
     with pytest.raises(PotluckError) as caught:
         await rig.a.dial(rig.b.peer_id, [f"127.0.0.1:{port}"])
     assert caught.value.code == "identity"
     assert rig.accepted.empty()
     await server.stop(None)
-    await rig.close()

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+
 from potluck.protocol.errors import StateError
 from potluck.protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest, is_sha256
 from potluck.worker.data import Dataset
@@ -47,9 +48,7 @@ def data(tmp_path: Path) -> Dataset:
 
 
 def test_every_sample_comes_once_per_epoch_and_epochs_differ(data: Dataset) -> None:
-    epochs = [
-        [data.position(index, seed=3) for index in range(first, first + N_TRAIN)] for first in (0, N_TRAIN)
-    ]
+    epochs = [[data.position(index, seed=3) for index in range(first, first + N_TRAIN)] for first in (0, N_TRAIN)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(N_TRAIN))
     assert epochs[0] != epochs[1]
     assert epochs[0] != [data.position(index, seed=4) for index in range(N_TRAIN)]

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from potluck.worker.permutation import epoch_key, mix64, permute
 
 KEYS = st.integers(min_value=0, max_value=(1 << 64) - 1)
@@ -45,9 +46,7 @@ def test_every_order_of_a_small_set_is_about_as_likely() -> None:
     )
     assert len(orders) == 24
     expected = n_epochs / 24
-    assert (
-        sum((count - expected) ** 2 / expected for count in orders.values()) < 49.7
-    )  # chi2, 23 d.f., p = 0.001
+    assert sum((count - expected) ** 2 / expected for count in orders.values()) < 49.7  # chi2, 23 d.f., p = 0.001
 
 
 @pytest.mark.parametrize(("position", "n"), [(-1, 3), (3, 3), (0, 0)])

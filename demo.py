@@ -1,0 +1,409 @@
+"""``potluck demo``: a coordinator and workers as processes of this machine, watched in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from .protocol.config import (
+    CheckpointConfig,
+    CoordinatorConfig,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    RunConfig,
+    SyncConfig,
+    dump,
+    load,
+)
+from .protocol.errors import ConfigError, StateError
+
+STEPS = 240
+MARKER = ".potluck-demo"
+STOP_SECONDS = 60.0
+PROMPT = "The "
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What the command line says."""
+
+    workers: int = 4
+    stages: int = 2
+    steps: int | None = None
+    preset: str = "potluck"
+    data: str = "builtin"
+    keep: Path | None = None
+    resume: bool = False
+    plain: bool = False
+
+
+def run_config(demo: DemoConfig) -> RunConfig:
+    """The demo's run: 4.2 M parameters (with two stages and the built-in text), about two minutes on two cores."""
+    return RunConfig(
+        name="demo",
+        steps=demo.steps or STEPS,
+        data=DataConfig(source=demo.data),
+        pipeline=PipelineConfig(stages=demo.stages, microbatch_size=2, microbatches=4, recompute=False),
+        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, schedule="cosine"),
+        sync=SyncConfig(preset=demo.preset),  # type: ignore[arg-type]
+        eval=EvalConfig(every=30, samples=32),
+        checkpoint=CheckpointConfig(save_rounds=10, publish_rounds=1000),
+        coordinator=CoordinatorConfig(wait_for=demo.workers, patience_seconds=30.0),
+    )
+
+
+def run(demo: DemoConfig) -> int:
+    """The whole demo; the process's exit code."""
+    folder, config = prepare(demo)
+    show = Screen(Console(), demo, folder, config)
+    crew = Crew(folder, demo.workers)
+    interrupted = threading.Event()
+    before = {n: signal.signal(n, lambda *_: interrupted.set()) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        show.say(
+            f"potluck demo: {demo.workers} workers, {config.pipeline.stages} stages; everything is kept in {folder}"
+        )
+        ready = crew.start_coordinator(interrupted, show)
+        if ready is None:
+            show.say("Stopped before anything began.")
+            return 130
+        show.page = ready["page"]
+        show.say(f"Dashboard: {ready['page']}")
+        crew.start_workers(ready["ticket"])
+        return watch(crew, show, interrupted)
+    finally:
+        crew.end()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def prepare(demo: DemoConfig) -> tuple[Path, RunConfig]:
+    """The run's folder and configuration: new, or those of the run to go on with."""
+    from .cli import data_home
+
+    folder = demo.keep.absolute() if demo.keep else data_home() / "demo"
+    marker, path = folder / MARKER, folder / "run.yaml"
+    if demo.resume:
+        if not path.exists():
+            raise StateError(f"{folder} holds no run to go on with", hint="Start one: potluck demo")
+        return folder, load(path)
+    if demo.workers < demo.stages:
+        raise ConfigError(
+            f"{demo.workers} workers cannot hold {demo.stages} stages",
+            hint=f"Each stage needs a worker: --workers {demo.stages}",
+        )
+    config = run_config(demo)
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if not marker.exists():
+                raise ConfigError(f"{folder} is not empty and not a demo's", hint="Name another folder with --keep.")
+            if demo.keep:
+                raise ConfigError(
+                    f"{folder} holds a run already",
+                    hint="Go on with it: --resume. Or name another folder with --keep.",
+                )
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        path.write_text(dump(config), encoding="utf-8")
+    except OSError as error:
+        raise StateError(f"{folder}: {error.strerror}", hint="Name a writable folder with --keep.") from None
+    return folder, config
+
+
+@dataclass
+class Crew:
+    """The demo's processes. Each has a session of its own, so that Ctrl-C reaches us alone and we end them in order."""
+
+    folder: Path
+    workers: int
+    coordinator: subprocess.Popen[bytes] | None = None
+    members: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    helpers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start_coordinator(self, interrupted: threading.Event, show: Screen) -> dict[str, str] | None:
+        """Starts it and waits until it is up; None if Ctrl-C came first."""
+        ready = self.folder / "ready.json"
+        ready.unlink(missing_ok=True)
+        command = [
+            "coordinator",
+            "up",
+            str(self.folder / "run.yaml"),
+            "--data-dir",
+            str(self.folder / "coordinator"),
+        ]
+        self.coordinator = self._spawn("coordinator", [*command, "--ready-file", str(ready)])
+        show.say("Preparing the corpus and tokenizer, starting the coordinator …")
+        while not ready.exists():
+            if interrupted.wait(0.1):
+                return None
+            if self.coordinator.poll() is not None:
+                raise StateError(
+                    f"the coordinator ended: {self.last_line('coordinator')}", hint="Its whole log is there."
+                )
+        return json.loads(ready.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    def start_workers(self, ticket: str) -> None:
+        threads = max(1, (os.cpu_count() or 2) // self.workers)
+        for i in range(1, self.workers + 1):
+            name = f"worker-{i}"
+            options = ["--name", name, "--threads", str(threads), "--data-dir", str(self.folder / name)]
+            self.members[name] = self._spawn(name, ["worker", "join", ticket, *options])
+
+    def sample(self, model: Path) -> subprocess.Popen[bytes]:
+        """A process that lets a published model write; its text goes to stdout."""
+        command = [
+            sys.executable,
+            "-m",
+            "potluck",
+            "sample",
+            str(model),
+            "--prompt",
+            PROMPT,
+            "--tokens",
+            "40",
+        ]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+            start_new_session=True,
+        )
+        self.helpers.append(process)
+        return process
+
+    def stop(self) -> None:
+        """In order: the coordinator has everything saved, then the workers go."""
+        if self.coordinator and self.coordinator.poll() is None:
+            self.coordinator.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.coordinator.wait(STOP_SECONDS)
+
+    def end(self) -> None:
+        """Leaves no process behind."""
+        everyone = [*self.members.values(), *self.helpers, *([self.coordinator] if self.coordinator else [])]
+        deadline = time.monotonic() + 10.0
+        for process in everyone:
+            if process.poll() is None:
+                process.terminate()
+        for process in everyone:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        for process in everyone:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def failed(self) -> list[str]:
+        """Names of the workers that ended with an error."""
+        return [name for name, process in self.members.items() if process.poll() not in (None, 0)]
+
+    def last_line(self, name: str) -> str:
+        with contextlib.suppress(OSError):
+            lines = (self.folder / "logs" / f"{name}.log").read_text(errors="replace").strip().splitlines()
+            if lines:
+                return lines[-1].removeprefix("potluck: ")
+        return "without a word"
+
+    def _spawn(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        with (logs / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "potluck", "-v", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                start_new_session=True,
+                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+            )
+
+
+def environment() -> dict[str, str]:
+    """For the demo's processes: nothing is looked up in the network."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+
+
+def die_with_parent() -> None:
+    """Linux: SIGTERM to this process when the one that started it dies, however it dies."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def watch(crew: Crew, show: Screen, interrupted: threading.Event) -> int:
+    """Follows the run to its end."""
+    checkpoints = crew.folder / "coordinator" / "checkpoints"
+    first: subprocess.Popen[bytes] | None = None
+    reported: set[str] = set()
+    with show.live():
+        while True:
+            assert crew.coordinator is not None
+            state = fetch(show.page + "api/state")
+            if state:
+                show.update(state)
+            if first is None and (checkpoints / "step-00000000" / "config.json").exists() and not show.resumed:
+                first = crew.sample(checkpoints / "step-00000000")
+            for name in crew.failed():
+                if name not in reported:
+                    reported.add(name)
+                    show.say(f"{name} ended: {crew.last_line(name)}")
+            if state and state["phase"] == "finished":
+                break
+            if crew.coordinator.poll() is not None:
+                if crew.coordinator.returncode == 0 and show.state and show.state["phase"] == "finishing":
+                    break
+                raise StateError(
+                    f"the coordinator ended: {crew.last_line('coordinator')}",
+                    hint=f"Its log is in {crew.folder / 'logs'}; go on with: potluck demo --resume",
+                )
+            if crew.members and all(p.poll() is not None for p in crew.members.values()):
+                raise StateError(
+                    f"all workers ended; the last said: {crew.last_line(list(crew.members)[-1])}",
+                    hint=f"Their logs are in {crew.folder / 'logs'}.",
+                )
+            if interrupted.wait(0.5):
+                break
+    if interrupted.is_set():
+        interrupted.clear()
+        show.say("Stopping: workers finish their step and save (Ctrl-C again to stop at once) …")
+        stopping = threading.Thread(target=crew.stop, daemon=True)
+        stopping.start()
+        while stopping.is_alive() and not interrupted.wait(0.1):
+            pass
+        keep = f" --keep {crew.folder}" if show.demo.keep else ""
+        show.say(f"Stopped. Go on with: potluck demo --resume{keep}")
+        return 130
+    model = max(checkpoints.glob("step-*"))
+    show.say("Letting the trained model write …")
+    after = text_of(crew.sample(model))
+    show.summary(text_of(first) if first else None, after, model)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        crew.coordinator.wait(10.0)
+    return 0
+
+
+def fetch(url: str) -> dict[str, Any] | None:
+    """The dashboard's state; None while nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5.0) as answer:
+            return json.load(answer)  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return None
+
+
+def text_of(process: subprocess.Popen[bytes]) -> str:
+    out, _ = process.communicate(timeout=120.0)
+    return " ".join(out.decode(errors="replace").split())
+
+
+class Screen:
+    """What the terminal shows: a live block while training, lines otherwise."""
+
+    def __init__(self, console: Console, demo: DemoConfig, folder: Path, config: RunConfig) -> None:
+        self.console, self.demo, self.folder, self.config = console, demo, folder, config
+        self.page = ""
+        self.state: dict[str, Any] | None = None
+        self.resumed = demo.resume
+        self._plain = demo.plain or not console.is_terminal
+        self._live: Live | None = None
+        self._shown_step = -1
+
+    def say(self, line: str) -> None:
+        self.console.print(escape(line), highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def live(self):  # type: ignore[no-untyped-def]
+        if self._plain:
+            yield
+            return
+        with Live(Text("starting the workers: loading torch …"), console=self.console, refresh_per_second=4) as live:
+            self._live = live
+            yield
+        self._live = None
+
+    def update(self, state: dict[str, Any]) -> None:
+        self.state = state
+        if self._live:
+            self._live.update(self._block(state))
+        elif state["step"] // 20 > self._shown_step // 20 or self._shown_step < 0:
+            self._shown_step = state["step"]
+            self.say(self._line(state))
+
+    def _line(self, s: dict[str, Any]) -> str:
+        if not s["step"]:
+            return f"{s['phase']}: {s['note']}" if s["note"] else s["phase"]
+        return (
+            f"step {s['step']}/{s['steps']}  loss {number(s['train_loss'])}  held-out {number(s['heldout_loss'])}"
+            f"  {number(s['tokens_per_second'], 0)} tokens/s  {number(s['bytes_per_token'], 0)} B/token"
+            f" (uncompressed {number(s['dense_bytes_per_token'], 0)})  peers {len(s['peers'])}  rounds {s['round']}"
+        )
+
+    def _block(self, s: dict[str, Any]) -> Group:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column()
+        bar = ProgressBar(total=s["steps"], completed=s["step"], width=40)
+        eta = f"{s['eta_seconds']:.0f} s left" if s["eta_seconds"] else ""
+        note = f"{s['phase']}" + (f": {s['note']}" if s["note"] else "")
+        factor = ""
+        if s["bytes_per_token"] and s["dense_bytes_per_token"]:
+            factor = f", {s['dense_bytes_per_token'] / s['bytes_per_token']:.1f}x fewer"
+        table.add_row("step", f"{s['step']} of {s['steps']}  {eta}")
+        table.add_row("", bar)
+        table.add_row("phase", Text(note))
+        first = f"  (from {number(s['heldout_first'])})" if s["heldout_first"] else ""
+        table.add_row("held-out loss", f"[bold]{number(s['heldout_loss'])}[/]{first}")
+        table.add_row("training loss", number(s["train_loss"]))
+        table.add_row("speed", f"{number(s['tokens_per_second'], 0)} tokens/s")
+        table.add_row(
+            "bytes per token",
+            f"{number(s['bytes_per_token'], 0)} (uncompressed: {number(s['dense_bytes_per_token'], 0)}{factor})",
+        )
+        peers = ", ".join(f"{p['name']} s{p['stage']}" if p["stage"] is not None else p["name"] for p in s["peers"])
+        table.add_row("peers", Text(f"{len(s['peers'])}: {peers}"))
+        table.add_row("rounds", str(s["round"]))
+        table.add_row("dashboard", self.page)
+        return Group(table)
+
+    def summary(self, before: str | None, after: str, model: Path) -> None:
+        s = self.state or {}
+        self.say("")
+        self.say(
+            f"Held-out loss {number(s.get('heldout_first'))} -> {number(s.get('heldout_loss'))}"
+            f" after {s.get('tokens', 0):,} tokens in {s.get('round', 0)} rounds,"
+            f" {number(s.get('bytes_per_token'), 0)} bytes per token"
+            f" (uncompressed: {number(s.get('dense_bytes_per_token'), 0)})."
+        )
+        if before:
+            self.say(f"Before: {before}")
+        self.say(f"After:  {after}")
+        self.say("")
+        self.say(f"The model: {model}")
+        self.say(f'  from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained("{model}")')
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"

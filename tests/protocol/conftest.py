@@ -1,0 +1,140 @@
+"""Two transports joined by a line that can be cut, in memory or over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from potluck.protocol.channel import Channel
+from potluck.protocol.errors import WireError
+from potluck.protocol.grpc_transport import GrpcTransport
+from potluck.protocol.identity import Identity
+from potluck.protocol.memory import MemoryNetwork
+from potluck.protocol.meter import Meter
+from potluck.protocol.pipe import ChannelConfig
+from potluck.protocol.tls import Certificate, split_address
+from potluck.protocol.transport import Transport, TransportConfig
+
+SECOND = timedelta(seconds=1)
+
+
+class Proxy:
+    """A line between two peers that can be cut."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.budget: int | None = None
+        self.refusing = False
+
+    async def start(self) -> str:
+        self._server = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refusing:
+            writer.transport.abort()
+            return
+        far_reader, far_writer = await asyncio.open_connection(*self._target)
+        self._writers |= {writer, far_writer}
+        for source, sink, counted in ((reader, far_writer, True), (far_reader, writer, False)):
+            task = asyncio.create_task(self._pump(source, sink, counted))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counted: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if counted and self.budget is not None:
+                    self.budget -= len(data)
+                    if self.budget < 0:
+                        self.budget = None
+                        self.cut()
+                        return
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def close(self) -> None:
+        self.cut()
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class Rig:
+    """Two transports, ``a`` dialling ``b`` over a line that can be cut."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.accepted: asyncio.Queue[Channel] = asyncio.Queue()
+        self.errors: list[WireError] = []
+        self.network = MemoryNetwork()
+        self.proxy: Proxy | None = None
+        self._closing: list[Transport] = []
+
+    def config(self, admit: Callable[[str], bool] | None = None, **fields: Any) -> TransportConfig:
+        channel = {"give_up": 10 * SECOND, "close_timeout": 10 * SECOND, "first_backoff": SECOND / 50}
+        channel |= {"meter": Meter(), "on_error": lambda _, error: self.errors.append(error)} | fields
+        return TransportConfig(run="r", admit=admit or (lambda _: True), channel=ChannelConfig(**channel))
+
+    def transport(self, name: str, config: TransportConfig) -> Any:
+        if self.kind == "memory":
+            made: Any = self.network.join(name, config)
+        else:
+            made = GrpcTransport(Identity.generate(), Certificate.generate(), config)
+        self._closing.append(made)
+        return made
+
+    async def start(self, a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> None:
+        self.config_a, self.config_b = self.config(**a or {}), self.config(**b or {})
+        self.a, self.b = self.transport("a", self.config_a), self.transport("b", self.config_b)
+        self.addresses = await self.b.listen(self.accepted.put_nowait)
+        if self.kind == "grpc":
+            self.proxy = Proxy(*split_address(self.addresses[0]))
+            self.addresses = [await self.proxy.start()]
+
+    async def connect(self, **sides: dict[str, Any]) -> tuple[Channel, Channel]:
+        await self.start(**sides)
+        near = await self.a.dial(self.b.peer_id, self.addresses)
+        return near, await self.accepted.get()
+
+    def cut(self) -> None:
+        self.network.cut("a", "b")
+        if self.proxy:
+            self.proxy.cut()
+
+    def cut_after(self, nbytes: int) -> None:
+        self.network.cut_after("a", "b", nbytes)
+        if self.proxy:
+            self.proxy.budget = nbytes
+
+    def refuse(self) -> None:
+        self.network.refuse("a", "b")
+        if self.proxy:
+            self.proxy.refusing = True
+            self.proxy.cut()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(transport.close() for transport in self._closing))
+        if self.proxy:
+            await self.proxy.close()
+
+
+@pytest.fixture(params=["memory", "grpc"])
+async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    made = Rig(request.param)
+    yield made
+    await made.close()
