@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ class Crew:
                 raise StateError(
                     f"the coordinator ended: {self.last_line('coordinator')}", hint="Its whole log is there."
                 )
-        return json.loads(ready.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return json.loads(ready.read_text(encoding="utf-8"))
 
     def start_workers(self, ticket: str) -> None:
         threads = max(1, (os.cpu_count() or 2) // self.workers)
@@ -309,7 +310,7 @@ def fetch(url: str) -> dict[str, Any] | None:
     """The dashboard's state; None while nobody answers."""
     try:
         with urllib.request.urlopen(url, timeout=5.0) as answer:
-            return json.load(answer)  # type: ignore[no-any-return]
+            return json.load(answer)
     except (OSError, ValueError):
         return None
 
@@ -335,7 +336,7 @@ class Screen:
         self.console.print(escape(line), highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def live(self):  # type: ignore[no-untyped-def]
+    def live(self) -> Iterator[None]:
         if self._plain:
             yield
             return

@@ -173,13 +173,14 @@ class Board:
             stage_parameters(a, b, model.layers, d_model=model.d_model, vocab_size=self.vocab_size)
             for a, b in self.rules.layers
         ]
+        shape = f"{model.layers} layers, d = {model.d_model}"
         return {
             "version": self.version,
             "now": time.time(),
             "run": {
                 "name": config.name,
                 "id": self.run_id,
-                "model": f"GPT-J shape, {sum(counts) / 1e6:.1f} M parameters, {model.layers} layers, d = {model.d_model}",
+                "model": f"GPT-J shape, {sum(counts) / 1e6:.1f} M parameters, {shape}",
                 "stages": config.pipeline.stages,
                 "preset": config.sync.preset,
                 "codec": f"{config.activations.forward} forward, {config.activations.backward} backward",

@@ -20,7 +20,7 @@ class Event(Struct, frozen=True, kw_only=True, tag=True):
         raise NotImplementedError
 
 
-class RunOpened(Event):
+class RunOpened(Event, frozen=True, kw_only=True):
     name: str
     step: int
 
@@ -29,7 +29,7 @@ class RunOpened(Event):
         return f"Run {self.name} opened" + (f" again at step {self.step}" if self.step else "")
 
 
-class PeerJoined(Event):
+class PeerJoined(Event, frozen=True, kw_only=True):
     peer: str
     name: str
     device: str
@@ -39,7 +39,7 @@ class PeerJoined(Event):
         return f"{self.name} joined ({self.device})"
 
 
-class PeerLeaving(Event):
+class PeerLeaving(Event, frozen=True, kw_only=True):
     peer: str
     name: str
 
@@ -48,7 +48,7 @@ class PeerLeaving(Event):
         return f"{self.name} wants to leave: it finishes its step and hands over"
 
 
-class PeerGone(Event):
+class PeerGone(Event, frozen=True, kw_only=True):
     peer: str
     name: str
     graceful: bool
@@ -58,7 +58,7 @@ class PeerGone(Event):
         return f"{self.name} left" if self.graceful else f"{self.name} is lost: no word from it"
 
 
-class PlanIssued(Event):
+class PlanIssued(Event, frozen=True, kw_only=True):
     generation: int
     step: int
     origin: str
@@ -70,7 +70,7 @@ class PlanIssued(Event):
         return f"Plan {self.generation} from step {self.step}: {rows}"
 
 
-class Waiting(Event):
+class Waiting(Event, frozen=True, kw_only=True):
     why: str
 
     @property
@@ -78,7 +78,7 @@ class Waiting(Event):
         return f"Waiting: {self.why}"
 
 
-class TrainingStarted(Event):
+class TrainingStarted(Event, frozen=True, kw_only=True):
     generation: int
     step: int
 
@@ -87,7 +87,7 @@ class TrainingStarted(Event):
         return f"Training goes on from step {self.step}" if self.step else "Training starts"
 
 
-class RoundCommitted(Event):
+class RoundCommitted(Event, frozen=True, kw_only=True):
     round: int
     step: int
     replicas: int
@@ -100,7 +100,7 @@ class RoundCommitted(Event):
         return f"Round {self.round} committed at step {self.step}: {self.samples} samples, all replicas agree"
 
 
-class RoundRefused(Event):
+class RoundRefused(Event, frozen=True, kw_only=True):
     step: int
     peers: tuple[str, ...]
     why: str
@@ -111,7 +111,7 @@ class RoundRefused(Event):
         return f"Round at step {self.step} refused ({self.why}): {who} must take the state over anew"
 
 
-class RolledBack(Event):
+class RolledBack(Event, frozen=True, kw_only=True):
     step: int
     why: str
 
@@ -120,7 +120,7 @@ class RolledBack(Event):
         return f"Back to step {self.step}, the last committed round: {self.why}"
 
 
-class HeldOut(Event):
+class HeldOut(Event, frozen=True, kw_only=True):
     step: int
     loss: float
 
@@ -129,7 +129,7 @@ class HeldOut(Event):
         return f"Held-out loss {self.loss:.4f} at step {self.step}"
 
 
-class Published(Event):
+class Published(Event, frozen=True, kw_only=True):
     step: int
     path: str
 
@@ -138,7 +138,7 @@ class Published(Event):
         return f"Model of step {self.step} published"
 
 
-class Faulted(Event):
+class Faulted(Event, frozen=True, kw_only=True):
     peer: str
     name: str
     what: str
@@ -148,7 +148,7 @@ class Faulted(Event):
         return f"{self.name} reports: {self.what}"
 
 
-class Stopping(Event):
+class Stopping(Event, frozen=True, kw_only=True):
     step: int
 
     @property
@@ -156,7 +156,7 @@ class Stopping(Event):
         return f"Stopping after step {self.step}: workers save their state"
 
 
-class Stopped(Event):
+class Stopped(Event, frozen=True, kw_only=True):
     step: int
 
     @property
@@ -164,7 +164,7 @@ class Stopped(Event):
         return f"Stopped at step {self.step}; start the coordinator again to go on"
 
 
-class Finished(Event):
+class Finished(Event, frozen=True, kw_only=True):
     step: int
 
     @property

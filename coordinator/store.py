@@ -105,8 +105,10 @@ class Store:
                 digests = json.dumps([d.hex() for d in mark.digests])
                 run(
                     "INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)",
-                    (mark.step, command.round, mark.generation, mark.sample, digests, command.replicas)
-                    + (command.samples, command.nbytes, command.seconds, now),
+                    (
+                        *(mark.step, command.round, mark.generation, mark.sample, digests),
+                        *(command.replicas, command.samples, command.nbytes, command.seconds, now),
+                    ),
                 )
             case Uncommit(step=step):
                 run(
@@ -163,7 +165,7 @@ class Store:
 
     def ledger_counts(self) -> dict[str, int]:
         """Samples by ledger state."""
-        return dict(self.rows("SELECT state, SUM(count) FROM ledger GROUP BY state"))  # type: ignore[arg-type]
+        return dict(self.rows("SELECT state, SUM(count) FROM ledger GROUP BY state"))
 
     def _refused(self, error: Exception) -> StateError:
         text = str(error)

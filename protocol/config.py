@@ -29,7 +29,7 @@ class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every section: immutable, named fields only."""
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True, kw_only=True):
     """A GPT-J shape. The vocabulary's size comes from the tokenizer."""
 
     d_model: Annotated[int, Meta(ge=8, le=65536)] = 256
@@ -39,7 +39,7 @@ class ModelConfig(Section):
     seq_len: Annotated[int, Meta(ge=8, le=65536)] = 128
 
 
-class DataConfig(Section):
+class DataConfig(Section, frozen=True, kw_only=True):
     """Where the text comes from: ``builtin``, a file, a folder, or ``hf:NAME[:SPLIT]``."""
 
     source: str = "builtin"
@@ -47,7 +47,7 @@ class DataConfig(Section):
     heldout_share: Annotated[float, Meta(gt=0, lt=0.5)] = 0.02
 
 
-class PipelineConfig(Section):
+class PipelineConfig(Section, frozen=True, kw_only=True):
     """How a step is cut. Every first-stage replica feeds ``microbatches`` of ``microbatch_size`` samples a step."""
 
     stages: Annotated[int, Meta(ge=1, le=256)] = 2
@@ -59,14 +59,14 @@ class PipelineConfig(Section):
     run_ahead: Annotated[int, Meta(ge=0, le=64)] = 1
 
 
-class ActivationConfig(Section):
+class ActivationConfig(Section, frozen=True, kw_only=True):
     """Codecs of the boundary tensors: ``fp32``, ``fp16``, ``bf16`` or ``int2|4|8[:tile=32|64|128]``."""
 
     forward: Codec = "int4:tile=64"
     backward: Codec = "int8:tile=64"
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, frozen=True, kw_only=True):
     """Local AdamW of every replica."""
 
     lr: Annotated[float, Meta(gt=0, le=10)] = 1e-3
@@ -78,7 +78,7 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "cosine"] = "constant"
 
 
-class Sync(Section):
+class Sync(Section, frozen=True, kw_only=True):
     """When a round happens and what is sent in it: one rule, the known algorithms as settings (design, section 4)."""
 
     coin: Share | None = None  # probability of a round after a step; or
@@ -100,7 +100,7 @@ PRESETS: dict[str, Sync] = {
 }
 
 
-class SyncConfig(Section):
+class SyncConfig(Section, frozen=True, kw_only=True):
     """A preset, and any of its settings changed by name."""
 
     preset: Literal["potluck", "gptjt", "cocktail", "diloco", "dense"] = "potluck"
@@ -127,21 +127,21 @@ class SyncConfig(Section):
         return msgspec.structs.replace(PRESETS[self.preset], **changes)
 
 
-class EvalConfig(Section):
+class EvalConfig(Section, frozen=True, kw_only=True):
     """Held-out loss of the reference weights, through the pipeline, every ``every`` steps."""
 
     every: Count = 25
     samples: Count = 32
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, frozen=True, kw_only=True):
     """Workers save to their own disk every ``save_rounds`` rounds; the model is published every ``publish_rounds``."""
 
     save_rounds: Count = 10
     publish_rounds: Count = 50
 
 
-class CoordinatorConfig(Section):
+class CoordinatorConfig(Section, frozen=True, kw_only=True):
     """Where the coordinator listens, whom it waits for."""
 
     host: str = "127.0.0.1"
@@ -157,7 +157,7 @@ class CoordinatorConfig(Section):
     patience_seconds: Annotated[float, Meta(ge=0)] = 120.0
 
 
-class RunConfig(Section):
+class RunConfig(Section, frozen=True, kw_only=True):
     """The whole of ``run.yaml``."""
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")] = "run"

@@ -6,6 +6,7 @@ generation are refused. Inside one, routes and sample indices depend on the plan
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -199,7 +200,7 @@ def split_layers(layers: int, stages: int, *, d_model: int, vocab_size: int) -> 
     for s in range(stages, 0, -1):
         ends.append(cut[s][ends[-1]])
     ends.reverse()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 def stage_parameters(first: int, last: int, layers: int, *, d_model: int, vocab_size: int) -> int:

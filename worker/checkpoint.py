@@ -71,7 +71,7 @@ class SavePoints:
     def find(self, kind: str, generation: int, step: int, layers: tuple[int, int]) -> State | None:
         """A state by name, from memory or disk; None if it is not here or damaged."""
         with self._lock:
-            known = {**self._disk, **self._memory}
+            known: dict[SavePoint, State | Path] = {**self._disk, **self._memory}
             for point, place in known.items():
                 if (point.kind, point.generation, point.step) == (kind, generation, step) and (
                     point.first_layer,

@@ -80,7 +80,7 @@ class Control:
         self._session = os.urandom(16)
         self._seq = 0
         self._unacked: deque[pb.Up] = deque()
-        self._unsent = asyncio.Event()
+        self._unsent, self._acked = asyncio.Event(), asyncio.Event()
         self._sent = 0  # seq of the newest report written to the stream in use
         self._token = b""
         self._channel: grpc.aio.Channel | None = None
@@ -95,7 +95,8 @@ class Control:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
                 while self._unacked and not self.ended.done():
-                    await asyncio.sleep(0.02)
+                    self._acked.clear()
+                    await self._acked.wait()
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -212,6 +213,7 @@ class Control:
     def _acknowledged(self, seq: int) -> None:
         while self._unacked and self._unacked[0].seq <= seq:
             self._unacked.popleft()
+        self._acked.set()
 
     def _hello(self, nonce: bytes) -> pb.Hello:
         ticket, identity, offer = self.ticket, self.identity, self._offer

@@ -222,7 +222,8 @@ class _Worker:
         line = view.note
         if view.phase == "preparing" and plan and (place := plan.places.get(self.identity.peer_id)):
             stage = plan.stages[place[0]]
-            line = f"taking over stage {place[0]} (layers {stage.first_layer}-{stage.last_layer - 1}) from step {plan.first_step}"
+            layers = f"layers {stage.first_layer}-{stage.last_layer - 1}"
+            line = f"taking over stage {place[0]} ({layers}) from step {plan.first_step}"
         elif view.phase == "training" and not view.closing:
             line = "training"
         if line and line != getattr(self, "_told", ""):

@@ -15,14 +15,14 @@ class Fenced(Exception):
 class Address(NamedTuple):
     """What a frame is called, its sender included: what somebody else sends under the name is never taken.
 
-    ``index`` is a microbatch, or the replica that a piece of a round comes from.
+    ``place`` is a microbatch, or the replica that a piece of a round comes from.
     """
 
     generation: int
     kind: Kind
     step: int
     part: int
-    index: int
+    place: int
     sender: str
 
 

@@ -95,7 +95,7 @@ def next_action(view: View, local: Local, config: RunConfig) -> Action | None:
         return TakeSeat(plan)
     if not local.seated or view.phase not in ("training", "finishing"):
         return None
-    stage, replica = plan.places[local.peer]
+    _, replica = plan.places[local.peer]
     if view.publish is not None and replica == 0 and view.publish > local.published and view.publish <= view.committed:
         return Publish(view.publish)
     if view.closing == "round" and local.step == view.end and local.round < view.end:

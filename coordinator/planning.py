@@ -1,0 +1,126 @@
+"""Where the next generation starts from, and who sits where: pure choices of the state machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..protocol.plan import Plan, SavePoint, StagePlan
+from .assignment import Offer, assign
+from .state import Mark, Rules, RunState
+
+
+@dataclass(frozen=True)
+class Start:
+    """A generation can begin at ``mark`` with these peers of every stage."""
+
+    mark: Mark
+    seats: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Not yet, and why."""
+
+    why: str
+
+
+def choose(rules: Rules, state: RunState, now: float) -> Start | Wait:
+    """The newest point that can be gone on from with the peers that are here.
+
+    A stop between two rounds needs the very peers that saved it; a committed round one holder of every stage. An
+    older point is taken only after ``patience_seconds`` without the holders of the newer one.
+    """
+    free = {p: m for p, m in state.members.items() if not m.leaving}
+    wanted = max(len(rules.layers), rules.wait_for if state.generation == 0 else 0)
+    if len(free) < wanted:
+        missing = wanted - len(free)
+        return Wait(f"{missing} more worker{'s' if missing > 1 else ''} must join")
+    if now - state.last_join < rules.settle_seconds and not (rules.wait_for and len(free) >= rules.wait_for):
+        return Wait("workers are joining")
+    patient = now - max(state.since, state.last_join) <= rules.patience_seconds
+    if state.stop:
+        if holds_stop(rules, state, state.stop):
+            return Start(state.stop, [list(peers) for peers in state.stop.holders])
+        if patient:
+            return Wait("the workers that saved the run's last steps must come back")
+    for mark in (state.committed, *state.marks):
+        held = holders(rules, state, mark)
+        if all(held) or mark.kind == "init":
+            return seated(rules, state, mark, held)
+        if patient:
+            gap = next(i for i, peers in enumerate(held) if not peers)
+            return Wait(f"nobody here holds stage {gap} as of step {mark.step}: its workers must come back")
+    return Wait("nobody here holds any state of this run")
+
+
+def seated(rules: Rules, state: RunState, mark: Mark, held: list[list[str]]) -> Start | Wait:
+    """Peers assigned to the stages, at home with what they hold."""
+    offers = {
+        peer: Offer(
+            speed=member.speed,
+            memory_gb=member.memory_gb,
+            home=next((i for i, peers in enumerate(held) if peer in peers), None),
+        )
+        for peer, member in state.members.items()
+        if not member.leaving
+    }
+    seats = assign(rules.needs, offers)
+    if seats is None:
+        worst = max(need.memory_gb for need in rules.needs)
+        offered = max(offer.memory_gb for offer in offers.values())
+        return Wait(
+            f"a stage needs {worst:.3g} GB and the largest worker offers {offered:.3g} GB:"
+            " more or larger workers must join, or the run needs more pipeline.stages"
+        )
+    return Start(mark, seats)
+
+
+def holds_stop(rules: Rules, state: RunState, mark: Mark) -> bool:
+    """Whether every peer of a stop is back with its own part."""
+    for peers, layers in zip(mark.holders, rules.layers, strict=True):
+        for peer in peers:
+            member = state.members.get(peer)
+            wanted = ("step", mark.generation, mark.step, *layers)
+            if member is None or member.leaving or wanted not in {name(s) for s in member.savepoints}:
+                return False
+    return True
+
+
+def holders(rules: Rules, state: RunState, mark: Mark) -> list[list[str]]:
+    """Of each stage, the peers (leaving ones too) that hold its state at a committed round."""
+    found = []
+    for i, layers in enumerate(rules.layers):
+        digest = mark.digests[i] if mark.digests else b""
+        wanted = ("round", mark.generation, mark.step, *layers, digest)
+        found.append(
+            [p for p, m in sorted(state.members.items()) if wanted in {(*name(s), s.digest) for s in m.savepoints}]
+        )
+    return found
+
+
+def name(point: SavePoint) -> tuple[str, int, int, int, int]:
+    return point.kind, point.generation, point.step, point.first_layer, point.last_layer
+
+
+def make_plan(rules: Rules, state: RunState, start: Start) -> Plan:
+    """The next generation's plan."""
+    mark, members = start.mark, state.members
+    held = start.seats if mark.kind == "step" else holders(rules, state, mark)
+    return Plan(
+        generation=state.generation + 1,
+        first_step=mark.step,
+        first_sample=mark.sample,
+        origin=mark.kind,
+        origin_generation=mark.generation,
+        microbatches=rules.microbatches,
+        microbatch_size=rules.microbatch_size,
+        stages=tuple(
+            StagePlan(
+                first_layer=first,
+                last_layer=last,
+                replicas=tuple(members[p].replica for p in peers),
+                donors=tuple(members[p].replica for p in donors),
+            )
+            for (first, last), peers, donors in zip(rules.layers, start.seats, held, strict=True)
+        ),
+    )

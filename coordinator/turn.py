@@ -1,0 +1,190 @@
+"""One input's turn of the state machine: notes what came in. What follows from it is decided in :mod:`.run`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+from ..protocol import control_pb2 as pb
+from ..protocol.errors import WireError
+from ..protocol.plan import SavePoint
+from . import events as ev
+from .state import Command, Dismiss, Journal, Member, Point, Rules, RunState
+
+
+class Turn(ABC):
+    """Collects the new state and the commands."""
+
+    def __init__(self, rules: Rules, state: RunState, now: float) -> None:
+        self.rules, self.state, self.now = rules, state, now
+        self.commands: list[Command] = []
+
+    @abstractmethod
+    def abort(self, why: str) -> None:
+        """Ends the generation at once."""
+
+    # What comes in.
+
+    def joined(self, member: Member) -> None:
+        present = self.state.members.get(member.peer)
+        if present and present.session != member.session:
+            self.dismiss(
+                member,
+                "duplicate",
+                "another worker with this key is connected",
+                "Give this one a key of its own: --data-dir",
+            )
+            return
+        smallest = min(need.memory_gb for need in self.rules.needs)
+        if member.memory_gb < smallest:
+            self.dismiss(
+                member,
+                "capacity",
+                f"the smallest stage of this run needs {smallest:.3g} GB, this worker offers {member.memory_gb:.3g} GB",
+                "Offer more with --memory-gb, or ask the operator for more pipeline.stages.",
+            )
+            return
+        if self.state.phase in ("finished", "stopped"):
+            self.dismiss(member, self.state.phase, f"the run is {self.state.phase}", "There is nothing to do here.")
+            return
+        if present is None:
+            self.journal(ev.PeerJoined(peer=member.peer, name=member.name, device=member.device))
+        self.member(replace(member, joined=self.now, last_seen=self.now))
+        self.set(last_join=self.now)
+
+    def gone(self, peer: str, session: bytes) -> None:
+        member = self.state.members.get(peer)
+        if member is None or (session and session != member.session):
+            return
+        graceful = released(self.state, peer)
+        self.journal(ev.PeerGone(peer=peer, name=member.name, graceful=graceful))
+        self.set(members={p: m for p, m in self.state.members.items() if p != peer})
+        plan = self.state.plan
+        if graceful or plan is None or self.state.phase in ("finished", "stopped", "waiting"):
+            return
+        donors = {d.peer for s in plan.stages for d in s.donors}
+        if peer in plan.peers or (self.state.phase == "preparing" and peer in donors):
+            self.abort(f"{member.name} is gone")
+
+    def said(self, peer: str, report: pb.Up) -> None:
+        member = self.state.members.get(peer)
+        if member is None:
+            return
+        self.member(replace(member, last_seen=self.now))
+        body = report.WhichOneof("body")
+        if body == "heartbeat":
+            self.member(replace(self.state.members[peer], state=report.heartbeat.state or "training"))
+        elif body == "leaving":
+            if not member.leaving:
+                self.journal(ev.PeerLeaving(peer=peer, name=member.name))
+                self.member(replace(self.state.members[peer], leaving=True))
+        elif body in ("ready", "step_done", "round_done", "eval_done", "saved", "fault"):
+            message = getattr(report, body)
+            if self.state.plan is None or message.generation != self.state.plan.generation:
+                return  # of a generation that is over
+            if peer in self.state.plan.peers:
+                getattr(self, body)(self.state.members[peer], message)
+
+    def ready(self, member: Member, message: pb.Ready) -> None:
+        self.member(replace(member, ready=message.generation))
+
+    def step_done(self, member: Member, message: pb.StepDone) -> None:
+        if message.step != member.step or message.step >= self.state.until:
+            return
+        self.member(replace(member, step=message.step + 1))
+        plan = self.state.plan
+        assert plan is not None
+        last = {r.peer for r in plan.stages[-1].replicas}
+        if member.peer in last:
+            losses = {**self.state.losses.get(message.step, {}), member.peer: message}
+            kept = {**self.state.losses, message.step: losses}
+            if losses.keys() == last:
+                targets = sum(m.targets for m in losses.values())
+                loss = sum(m.loss_sum for m in losses.values()) / max(1, targets)
+                samples = plan.first_sample_of(message.step + 1)
+                self.commands.append(Point(step=message.step + 1, tokens_samples=samples, train=loss))
+                del kept[message.step]
+            self.set(losses=kept)
+
+    def round_done(self, member: Member, message: pb.RoundDone) -> None:
+        plan = self.state.plan
+        assert plan is not None
+        done = {**self.state.rounds_done.get(message.step, {}), member.peer: message}
+        self.set(rounds_done={**self.state.rounds_done, message.step: done})
+
+    def eval_done(self, member: Member, message: pb.EvalDone) -> None:
+        plan = self.state.plan
+        assert plan is not None
+        last = {r.peer for r in plan.stages[-1].replicas}
+        if member.peer not in last or message.step <= self.state.evaluated:
+            return
+        done = {**self.state.evals.get(message.step, {}), member.peer: message}
+        self.set(evals={**self.state.evals, message.step: done})
+        if done.keys() == last:
+            loss = sum(m.loss_sum for m in done.values()) / max(1, sum(m.targets for m in done.values()))
+            samples = plan.first_sample_of(message.step)
+            self.commands.append(Point(step=message.step, tokens_samples=samples, heldout=loss))
+            self.journal(ev.HeldOut(step=message.step, loss=loss))
+            self.set(evaluated=message.step, evals={})
+
+    def saved(self, member: Member, message: pb.Saved) -> None:
+        try:
+            point = SavePoint.from_proto(message.savepoint)
+        except WireError:
+            return
+        self.member(replace(member, savepoints=member.savepoints | {point}))
+
+    def fault(self, member: Member, message: pb.Fault) -> None:
+        self.journal(ev.Faulted(peer=member.peer, name=member.name, what=message.text))
+        self.abort(f"{member.name}: {message.text}")
+
+    def uploaded(self, at: int, path: str) -> None:
+        self.journal(ev.Published(step=at, path=path))
+        self.set(published=max(self.state.published, at))
+        if self.state.publish is not None and self.state.publish <= at:
+            self.set(publish=None)
+
+    def stop_asked(self) -> None:
+        self.set(stop_asked=True)
+
+    def tick(self) -> None:
+        for member in list(self.state.members.values()):
+            if self.now - member.last_seen > self.rules.silence_seconds:
+                self.dismiss(
+                    member,
+                    "silent",
+                    "no word for too long",
+                    "Check the line; the worker dials again by itself.",
+                )
+                self.gone(member.peer, member.session)
+        if self.state.phase == "training":
+            late = [s for s, expires in self.state.leased_at.items() if expires < self.now]
+            if late:
+                self.abort(f"the lease of step {min(late)} expired")
+
+    # Small change.
+
+    def enter(self, phase: str, note: str) -> None:
+        self.set(phase=phase, note=note, since=self.now)
+
+    def member(self, member: Member) -> None:
+        self.set(members={**self.state.members, member.peer: member})
+
+    def dismiss(self, member: Member, code: str, text: str, hint: str) -> None:
+        self.commands.append(Dismiss(peer=member.peer, session=member.session, code=code, text=text, hint=hint))
+
+    def journal(self, event: ev.Event) -> None:
+        self.commands.append(Journal(event=event))
+
+    def set(self, **changes: object) -> None:
+        self.state = replace(self.state, **changes)  # type: ignore[arg-type]
+
+
+def released(state: RunState, peer: str) -> bool:
+    """Whether nothing more is wanted from a peer."""
+    member, plan = state.members[peer], state.plan
+    seated = plan is not None and peer in plan.peers
+    donor = (
+        plan is not None and state.phase == "preparing" and any(peer == d.peer for s in plan.stages for d in s.donors)
+    )
+    return state.phase in ("finished", "stopped") or (member.leaving and not seated and not donor)
