@@ -30,7 +30,8 @@ class PotluckError(Exception):
 
     def one_line(self) -> str:
         text = " ".join(str(self).split())
-        return f"{text}. {self.hint}" if self.hint else text
+        hint = self.hint[:1].upper() + self.hint[1:]
+        return f"{text}. {hint}" if hint else text
 
 
 class ConfigError(PotluckError):

@@ -36,6 +36,7 @@ from .tls import (
 from .transport import Channels, OnChannel, TransportConfig
 
 SERVICE, METHOD = "potluck.Peer", "Pipe"
+STRANGERS = "strangers"  # in the meter: dialled us and were turned away
 _NONCE_NBYTES = 32
 _CLOSE_SECONDS = 1.0
 _GRPC_ERRORS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
@@ -215,8 +216,8 @@ class GrpcTransport:
                     peer_id = await prove_to_dialler(pipe, self._identity, self._certificate.fingerprint, self._config)
             except (WireError, PipeClosed, TimeoutError):
                 return
+            self._config.channel.meter.record_connection(peer_id or STRANGERS, dialled=False, proof=True)
             if peer_id is not None:
-                self._config.channel.meter.record_connection(peer_id, dialled=False)
                 await self._channels.serve(peer_id, pipe, on_channel)
 
         handler = grpc.method_handlers_generic_handler(SERVICE, {METHOD: grpc.stream_stream_rpc_method_handler(serve)})
@@ -244,6 +245,8 @@ class GrpcTransport:
     async def _connect(self, peer_id: str, address: str, timeout: timedelta) -> Pipe:
         host, port = split_address(address)
         der = await fetch_certificate(host, port, timeout)
+        # Here, for one that is turned away costs as much.
+        self._config.channel.meter.record_connection(peer_id, dialled=True, proof=True)
         pipe = _DiallerPipe(pinned_channel(join_address(host, port), der))
         try:
             async with asyncio.timeout(timeout.total_seconds()):
@@ -256,7 +259,6 @@ class GrpcTransport:
         except BaseException:
             await pipe.close()
             raise
-        self._config.channel.meter.record_connection(peer_id, dialled=True)
         return pipe
 
     async def close(self) -> None:

@@ -47,6 +47,7 @@ class SavePoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = threading.Lock()
+        self._saving = threading.Lock()
         self._memory: dict[SavePoint, State] = {}
         self._disk: dict[SavePoint, Path] = {}
         try:
@@ -84,6 +85,10 @@ class SavePoints:
 
     def save(self, state: State) -> None:
         """On disk, durably; of rounds only the newest ``KEPT_ROUNDS`` stay."""
+        with self._saving:  # a round is saved in the background; a stop may save the same one at the same time
+            self._save(state)
+
+    def _save(self, state: State) -> None:
         point = state.point
         name = f"{point.kind}-{point.generation}-{point.step}-{point.first_layer}-{point.last_layer}.safetensors"
         path = self.folder / name

@@ -32,6 +32,7 @@ HEARTBEAT_SECONDS = 2.0
 PIECE_NBYTES = 256 * 1024
 COORDINATOR = "coordinator"
 BACKOFF_SECONDS = (0.5, 15.0)
+CLOSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ class Control:
         self._seq = 0
         self._unacked: deque[pb.Up] = deque()
         self._unsent, self._acked = asyncio.Event(), asyncio.Event()
+        self._closing = False
         self._sent = 0  # seq of the newest report written to the stream in use
         self._token = b""
         self._channel: grpc.aio.Channel | None = None
@@ -91,13 +93,16 @@ class Control:
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Ends the stream; reports that are not acknowledged yet get a moment."""
+        """Ends the stream in order: first the reports that are not acknowledged yet, then the meter's last totals."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2.0):
+            async with asyncio.timeout(CLOSE_SECONDS):
                 while self._unacked and not self.ended.done():
                     self._acked.clear()
                     await self._acked.wait()
+        self._closing = True
+        self._unsent.set()
         if self._task:
+            await asyncio.wait({self._task}, timeout=CLOSE_SECONDS)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if self._channel:
@@ -129,6 +134,8 @@ class Control:
                     self._end(error)
                     return
                 log.warning("the coordinator does not answer; dialling again: %s", error)
+            if self._closing:
+                return
             tries += 1
             low, high = BACKOFF_SECONDS
             await asyncio.sleep(random.uniform(0.5, 1.0) * min(high, low * 2 ** min(tries, 10)))
@@ -187,7 +194,7 @@ class Control:
             stream.cancel()
 
     async def _send(self, stream: grpc.aio.StreamStreamCall) -> None:
-        """Reports as they come, a heartbeat now and then."""
+        """Reports as they come, a heartbeat now and then and one at the very end."""
         beat = self._loop.time()
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             while True:
@@ -196,9 +203,14 @@ class Control:
                     await self._write(stream, up)
                     self._sent = up.seq
                 now = self._loop.time()
-                if now >= beat:
-                    await self._write(stream, pb.Up(heartbeat=self._heartbeat()))
+                if now >= beat or self._closing:
+                    # Counted before it is written: the last totals include their own message.
+                    self._count("out", pb.Up(heartbeat=self._heartbeat()).ByteSize())
+                    await stream.write(pb.Up(heartbeat=self._heartbeat()))
                     beat = now + HEARTBEAT_SECONDS
+                if self._closing:
+                    await stream.done_writing()  # the coordinator has read it all when it ends the stream
+                    return
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(max(0.0, beat - now)):
                         await self._unsent.wait()

@@ -18,8 +18,8 @@ import msgspec
 import psutil
 
 from ..protocol.config import RunConfig
-from ..protocol.errors import PotluckError, RefusedError, StateError
-from ..protocol.frames import Header
+from ..protocol.errors import ConfigError, PotluckError, RefusedError, StateError
+from ..protocol.frames import Header, Purpose
 from ..protocol.grpc_transport import GrpcTransport
 from ..protocol.identity import Identity, lock
 from ..protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest
@@ -28,7 +28,7 @@ from ..protocol.pipe import ChannelConfig
 from ..protocol.ticket import Ticket
 from ..protocol.tls import Certificate
 from ..protocol.transport import TransportConfig
-from .control import Control, Offer
+from .control import COORDINATOR, Control, Offer
 
 if TYPE_CHECKING:
     from .plan import View
@@ -67,6 +67,9 @@ class _Coordinator:
 
     def report(self, **body: object) -> None:
         self._control.report(**body)
+
+    def counterfactual(self, dense_nbytes: int) -> None:
+        self._control.meter.counterfactual(self._control.identity.peer_id, Purpose.WEIGHTS, dense_nbytes)
 
     def corpus(self) -> Path:
         tokens = self._folder / TOKENS_FILE
@@ -107,10 +110,10 @@ class _Worker:
         from ..protocol.tls import dial_pinned
 
         probe = await dial_pinned(self.ticket.url, self.ticket.fingerprint)
+        self.meter.record_connection(COORDINATOR, dialled=True)
         await probe.close()
         self.say("found the coordinator; loading torch")
-        torch_ready = asyncio.create_task(asyncio.to_thread(_import_torch, self._threads()))
-        await torch_ready
+        await asyncio.to_thread(_prepare_torch, self._threads(), self.config.device)
 
         from .checkpoint import SavePoints, to_bytes
         from .engine import Engine, EngineConfig, Views
@@ -184,7 +187,6 @@ class _Worker:
                 points,
                 _Coordinator(control, self.folder / "corpus", manifest),
             )
-            engine.on_step = self._counterfactual(engine)
             thread = threading.Thread(target=_run_engine, args=(engine, outcome), name="engine", daemon=True)
             thread.start()
             asking = asyncio.create_task(self._ask_to_leave(leave, control))
@@ -207,8 +209,8 @@ class _Worker:
             mailbox.close()
             if thread is not None:
                 await asyncio.to_thread(thread.join, 30.0)
-            await control.close()
             await links.close()
+            await control.close()  # last: what the links cost to the end is in its last totals
 
     async def _ask_to_leave(self, leave: asyncio.Event, control: Control) -> None:
         from ..protocol import control_pb2 as pb
@@ -236,24 +238,6 @@ class _Worker:
         if view.phase == "stopped":
             return "the operator stopped the run; this worker's part is saved. Run the same command to go on"
         return "left in good order; this worker's part is handed over or saved"
-
-    def _counterfactual(self, engine: object):  # type: ignore[no-untyped-def]
-        """Books what dense fp16 averaging would have sent after every step: a ring's 2 (R - 1) / R of the stage."""
-        from ..protocol.frames import Purpose
-        from .engine import Engine
-        from .pipeline import StepResult
-
-        assert isinstance(engine, Engine)
-
-        def on_step(step: int, result: StepResult) -> None:
-            seat, stage = engine._seat, engine.stage
-            assert seat is not None and stage is not None
-            replicas = len(seat.plan.stages[seat.stage].replicas)
-            if replicas > 1:
-                dense = round(2 * (replicas - 1) / replicas * 2 * stage.size)
-                self.meter.counterfactual(self.identity.peer_id, Purpose.WEIGHTS, dense)
-
-        return on_step
 
     def _frame_check(self, run: RunConfig, manifest: Manifest) -> Callable[[Header], None]:
         from ..protocol.plan import split_layers, stage_parameters
@@ -285,10 +269,18 @@ class _Worker:
         return self.config.threads or max(1, (os.cpu_count() or 2) // 2)
 
 
-def _import_torch(threads: int) -> None:
+def _prepare_torch(threads: int, device: str) -> None:
+    import torch
+
     from .engine import use_threads
 
     use_threads(threads)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(
+            f"this machine cannot compute on {device!r}", hint="Use --device cpu, or cuda where torch finds a GPU."
+        ) from None
 
 
 def _run_engine(engine: object, outcome: asyncio.Future[None]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from .checkpoint import SavePoints, from_bytes
 from .data import Dataset
 from .links import Links, fetch_state
 from .mailbox import Fenced, Mailbox
-from .pipeline import Pipeline, Seat, StepResult
+from .pipeline import Pipeline, Seat
 from .plan import Local, View, next_action
 from .stage import Stage, State, digest
 from .sync import Outcome, Synchronizer, apply
@@ -43,6 +42,9 @@ class Headquarters(Protocol):
     state: str
 
     def report(self, **body: object) -> None: ...
+
+    def counterfactual(self, dense_nbytes: int) -> None:
+        """Books what averaging in fp16 would have sent after a step: a ring's 2 (R - 1) / R of the stage."""
 
     def corpus(self) -> Path:
         """The folder of the run's corpus, fetched if need be. Blocks."""
@@ -105,7 +107,6 @@ class Engine:
         self.points, self.hq = points, hq
         self.local = Local(peer=config.peer)
         self.sync_rule = config.run.sync.resolved()
-        self.on_step: Callable[[int, StepResult], None] | None = None
         self.stage: Stage | None = None
         self._seat: Seat | None = None
         self._pipeline: Pipeline | None = None
@@ -133,6 +134,10 @@ class Engine:
                     try:
                         self._do(action, view)
                     except Fenced:
+                        self._wait_for_newer(version)
+                    except WireError as error:  # a peer sent what nobody can use: all go back to the last round
+                        log.warning("%s", error)
+                        self.hq.report(fault=pb.Fault(generation=self.local.generation, text=str(error)))
                         self._wait_for_newer(version)
         finally:
             self.mailbox.close()
@@ -254,8 +259,8 @@ class Engine:
                 wait_seconds=result.wait_seconds,
             )
         )
-        if self.on_step:
-            self.on_step(step, result)
+        replicas = len(self._seat.plan.stages[self._seat.stage].replicas)
+        self.hq.counterfactual(round(2 * (replicas - 1) / replicas * 2 * self.stage.size))
         self._finish_pending(late=True)
         if is_round(self.sync_rule, self.config.run.seed, step):
             self._round(done, wait=self.sync_rule.delay == 0)
@@ -300,7 +305,13 @@ class Engine:
     def _rounds_done(self, outcome: Outcome) -> None:
         self._count += 1
         if self._count % self.config.run.checkpoint.save_rounds == 0:
-            self._rounds.submit(self.points.save, outcome.state)
+            self._rounds.submit(self._save_round, outcome.state)
+
+    def _save_round(self, state: State) -> None:
+        try:
+            self.points.save(state)
+        except StateError as error:  # training goes on: the others hold this round too
+            log.error("%s", error.one_line())
 
     def _drop_pending(self) -> None:
         pending, self._pending = self._pending, None

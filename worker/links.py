@@ -1,7 +1,7 @@
-"""The way to other peers: one channel to each peer we send to, everything that arrives into the mailbox.
+"""The way to other peers: what we send goes over channels we dial, everything that arrives into the mailbox.
 
-Each side dials those it sends to, so a pair of peers that talk both ways have two channels; nobody has to agree on
-who dials.
+Each side dials those it sends to, so nobody has to agree on who dials. A channel keeps its order, so rounds and
+states have one of their own beside that of the boundary tensors: a long transfer never holds up a microbatch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 STATE_PART_NBYTES = 4 << 20
 RAW = "raw"
 ADMISSION_SECONDS = 30.0  # for a peer to hear of the plan that we already know
+Lane = tuple[str, bool]  # peer, and whether it carries boundary tensors
 StateProvider = Callable[[Header], bytes | None]
 
 
@@ -39,8 +40,8 @@ class Links:
         self._transport: Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._addresses: dict[str, tuple[str, ...]] = {}
-        self._outboxes: dict[str, asyncio.Queue[Frame]] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._outboxes: dict[Lane, asyncio.Queue[Frame]] = {}
+        self._tasks: dict[Lane, asyncio.Task[None]] = {}
         self._readers: set[asyncio.Task[None]] = set()
 
     async def start(self, transport: Transport) -> list[str]:
@@ -66,9 +67,9 @@ class Links:
         replicas: list[Replica] = [r for s in plan.stages for r in (*s.replicas, *s.donors)]
         moved = {r.peer for r in replicas if self._addresses.get(r.peer, r.addresses) != r.addresses}
         self._addresses = {r.peer: r.addresses for r in replicas}
-        for peer in [p for p in self._tasks if p not in self._addresses or p in moved]:
-            self._tasks.pop(peer).cancel()
-            self._outboxes.pop(peer, None)
+        for lane in [x for x in self._tasks if x[0] not in self._addresses or x[0] in moved]:
+            self._tasks.pop(lane).cancel()
+            self._outboxes.pop(lane, None)
         self.mailbox.fence(plan.generation)
 
     # For the computing threads.
@@ -86,11 +87,12 @@ class Links:
     def _enqueue(self, peer: str, frame: Frame) -> None:
         if self.plan is None or frame.header.generation != self.plan.generation or peer not in self._addresses:
             return
-        task = self._tasks.get(peer)
+        lane = peer, frame.header.kind in (Kind.ACTIVATION, Kind.GRADIENT)
+        task = self._tasks.get(lane)
         if task is None or task.done():
-            self._outboxes[peer] = asyncio.Queue()
-            self._tasks[peer] = asyncio.create_task(self._send_all(peer, self._outboxes[peer]))
-        self._outboxes[peer].put_nowait(frame)
+            self._outboxes[lane] = asyncio.Queue()
+            self._tasks[lane] = asyncio.create_task(self._send_all(peer, self._outboxes[lane]))
+        self._outboxes[lane].put_nowait(frame)
 
     async def _send_all(self, peer: str, outbox: asyncio.Queue[Frame]) -> None:
         channel: Channel | None = None

@@ -8,7 +8,7 @@ first: gradients are summed in one order, so a step's result does not depend on 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compression.codec import Codec, build
+from ..compression.codec import Codec, CodecError, build
 from ..protocol.config import RunConfig
-from ..protocol.errors import WireError
+from ..protocol.errors import StateError, WireError
 from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame
 from ..protocol.plan import Plan
 from .data import Dataset
@@ -172,7 +172,7 @@ class Pipeline:
         else:
             frame = self._take(Kind.GRADIENT, step, TRAIN, m, self.seat.plan.peer_of(self.seat.stage + 1, m))
             spec = frame.header.tensors[0]
-            gradient = self.backward_codec.decode(frame.payload, spec.shape).to(self.stage.device)
+            gradient = decoded(self.backward_codec, frame.payload, spec.shape).to(self.stage.device)
             output = self.stage.module(flight.source) if flight.output is None else flight.output
             output.backward(gradient)
         if not self.seat.is_first:
@@ -196,7 +196,7 @@ class Pipeline:
         frame = self._take(Kind.ACTIVATION, step, part, m, behind)
         hidden_spec, ids_spec = frame.header.tensors
         payload = memoryview(frame.payload)
-        hidden = self.forward_codec.decode(payload[: hidden_spec.nbytes], hidden_spec.shape)
+        hidden = decoded(self.forward_codec, payload[: hidden_spec.nbytes], hidden_spec.shape)
         targets = decode_ids(payload[hidden_spec.nbytes :], ids_spec)
         return hidden.to(self.stage.device), targets.to(self.stage.device)
 
@@ -216,7 +216,7 @@ class Pipeline:
         tensor: Tensor,
         targets: Tensor | None = None,
     ) -> None:
-        payload = codec.encode(tensor.cpu())
+        payload = encoded(codec, tensor)
         specs = [TensorSpec(codec=codec.spec, shape=tuple(tensor.shape), nbytes=len(payload))]
         dense = 2 * tensor.numel()
         if targets is not None:
@@ -245,6 +245,24 @@ class Pipeline:
         frame = self.wire.take(Address(self.seat.plan.generation, kind, step, part, m, sender))
         self._waited += time.perf_counter() - started
         return frame
+
+
+def encoded(codec: Codec, tensor: Tensor) -> bytes:
+    """A boundary tensor as bytes. ``StateError`` if it is not finite: the run has diverged."""
+    try:
+        return codec.encode(tensor.cpu())
+    except CodecError as error:
+        raise StateError(
+            f"training has diverged ({error})", hint="Start again from a published model with a lower optimizer.lr."
+        ) from None
+
+
+def decoded(codec: Codec, payload: bytes | memoryview, shape: Sequence[int]) -> Tensor:
+    """Bytes from a peer as a boundary tensor. ``WireError`` if no encoder makes such bytes."""
+    try:
+        return codec.decode(payload, shape)
+    except CodecError as error:
+        raise WireError(f"a boundary tensor cannot be decoded: {error}") from None
 
 
 IDS = {"ids16": "<u2", "ids32": "<u4"}  # token ids plus one, so that 0 says IGNORED

@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..compression.codec import CodecError
 from ..compression.feedback import ErrorFeedback
-from ..compression.sync import SyncCodec
+from ..compression.sync import Encoded, Sparse, SyncCodec
 from ..protocol.config import RunConfig
+from ..protocol.errors import StateError, WireError
 from ..protocol.frames import Frame, Kind, TensorSpec, make_frame
 from ..protocol.plan import SavePoint
 from ..protocol.schedule import draw
@@ -113,7 +115,7 @@ class Synchronizer:
         own = b""
         for j, (start, end) in enumerate(self.bounds):
             part = residual[start:end]
-            encoded = self.codec.encode(part, seeds[j])
+            encoded = self._encoded(part, seeds[j])
             encoded.sent.add_to(part, scale=-1.0)
             if j == seat.replica:
                 own = encoded.payload
@@ -130,9 +132,9 @@ class Synchronizer:
         mean = torch.zeros(length)
         for i in range(len(peers)):  # in the replicas' order: floats do not commute
             payload, weight = payloads[i]
-            self.codec.decode(payload, length, seed).add_to(mean, scale=weight / total)
+            self._decoded(payload, length, seed).add_to(mean, scale=weight / total)
         owed = self.feedback.compensated(mean)
-        encoded = self.codec.encode(owed, seed)
+        encoded = self._encoded(owed, seed)
         decided = encoded.payload
         self.feedback.keep(owed, encoded.sent)
         for i, peer in enumerate(peers):
@@ -141,8 +143,22 @@ class Synchronizer:
         whole = torch.zeros_like(residual)
         for j, (start, end) in enumerate(self.bounds):
             payload = decided if j == seat.replica else self._take(Kind.MEAN, step, j).payload
-            self.codec.decode(payload, end - start, seeds[j]).add_to(whole[start:end])
+            self._decoded(payload, end - start, seeds[j]).add_to(whole[start:end])
         return whole, nbytes
+
+    def _encoded(self, part: Tensor, seed: int) -> Encoded:
+        try:
+            return self.codec.encode(part, seed)
+        except CodecError as error:
+            raise StateError(
+                f"training has diverged ({error})", hint="Start again from a published model with a lower optimizer.lr."
+            ) from None
+
+    def _decoded(self, payload: bytes, length: int, seed: int) -> Sparse:
+        try:
+            return self.codec.decode(payload, length, seed)
+        except CodecError as error:
+            raise WireError(f"a round's piece cannot be decoded: {error}") from None
 
     def _outer(self, state: State, mean: Tensor) -> tuple[Tensor, Tensor | None]:
         """The outer optimizer's step from ``g``: plain, or Nesterov's momentum as in DiLoCo."""

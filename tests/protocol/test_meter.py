@@ -46,17 +46,38 @@ def test_totals_by_peer_direction_and_purpose() -> None:
 def test_acknowledgements_are_booked_the_other_way() -> None:
     meter = Meter()
     meter.record("ann", "out", Purpose.GRADIENT, 1_000_000)
-    totals = {t.direction: t for t in meter.snapshot()}
+    totals = {t.direction: t for t in meter.snapshot() if t.purpose == Purpose.GRADIENT}
     added, acks = INTERNET.of(1_000_000)
     assert totals["out"].nbytes == round(1_000_000 + added)
     assert totals["in"].nbytes == round(acks)
     assert totals["in"].messages == 0
 
 
+def test_a_single_message_brings_an_acknowledgement_and_a_probe() -> None:
+    now = 0.0
+    meter = Meter(clock=lambda: now)
+
+    def cost_of_one() -> tuple[int, int]:
+        before = {t[:3]: t.nbytes for t in meter.snapshot()}
+        meter.record("ann", "out", Purpose.CONTROL, 74)
+        after = {t[:3]: t.nbytes - before.get(t[:3], 0) for t in meter.snapshot()}
+        return after["ann", "out", Purpose.CONTROL], after["ann", "in", Purpose.CONTROL]
+
+    assert cost_of_one() == (110 + 52 + 91, 52 + 117 + 52)  # as a capture of one heartbeat shows it
+    now = 0.01
+    assert cost_of_one() == (110 + 52, 26)
+    now = 0.09
+    assert cost_of_one() == (110 + 52, 52)
+    now = 0.11
+    assert cost_of_one() == (110 + 52 + 91, 26 + 117 + 52)
+    now = 0.3  # the pause has grown
+    assert cost_of_one() == (110 + 52, 52)
+
+
 def test_connections_cost_both_ends_the_same() -> None:
     dialler, listener = Meter(), Meter()
-    dialler.record_connection("p", dialled=True)
-    listener.record_connection("p", dialled=False)
+    dialler.record_connection("p", dialled=True, proof=True)
+    listener.record_connection("p", dialled=False, proof=True)
     sent = {t.direction: t.nbytes for t in dialler.snapshot()}
     got = {t.direction: t.nbytes for t in listener.snapshot()}
     assert (sent["out"], sent["in"]) == (got["in"], got["out"])

@@ -1,0 +1,200 @@
+"""Uncompressed, the distributed run is the plain PyTorch loop: same losses, same weights, bit for bit on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPTJForCausalLM
+
+from potluck.coordinator import events
+from potluck.protocol.config import RunConfig
+from potluck.protocol.manifest import Manifest
+from potluck.worker.data import Dataset
+from potluck.worker.model import StageModule, hf_config
+from potluck.worker.stage import learning_rate
+
+
+def stock_model(config: RunConfig, manifest: Manifest) -> GPTJForCausalLM:
+    """Transformers' own GPT-J with the run's initial weights."""
+    model = GPTJForCausalLM(hf_config(config.model, manifest.vocab_size, manifest.eos_id))
+    whole = StageModule(config.model, manifest.vocab_size, 0, config.model.layers, config.seed)
+    model.load_state_dict(whole.state_dict())
+    return model
+
+
+def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    c = config.optimizer
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=c.lr,
+        betas=(c.beta1, c.beta2),
+        eps=c.eps,
+        weight_decay=c.weight_decay,
+        fused=True,
+    )
+
+
+def train_step(
+    model: GPTJForCausalLM, optimizer: torch.optim.AdamW, data: Dataset, config: RunConfig, step: int, start: int
+) -> tuple[float, int]:
+    """One ordinary step over the microbatches from sample ``start`` on; (summed loss, targets)."""
+    size, loss_sum, targets = config.pipeline.microbatch_size, 0.0, 0
+    optimizer.zero_grad()
+    for m in range(config.pipeline.microbatches):
+        first = start + m * size
+        inputs_BT, targets_BT = data.batch(range(first, first + size), config.seed)
+        logits = model(inputs_BT, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+        loss.backward()
+        loss_sum += float(loss.detach())
+        targets += targets_BT.numel()
+    for p in model.parameters():
+        p.grad.div_(targets)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config.optimizer, config.steps, step)
+    optimizer.step()
+    return loss_sum, targets
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_one_chain_equals_the_plain_loop(local_run, make_config, corpus_folder, stages, recompute):
+    config = make_config(steps=5, pipeline={"stages": stages, "recompute": recompute}, coordinator={"wait_for": stages})
+    ours = local_run(config)
+    ours.join(*[f"peer{i}" for i in range(stages)])
+    ours.finish()
+
+    folder, manifest = corpus_folder
+    data, model = Dataset(folder), stock_model(config, manifest)
+    optimizer = adamw(model, config)
+    per_step = config.pipeline.microbatches * config.pipeline.microbatch_size
+    losses = []
+    for step in range(config.steps):
+        loss_sum, targets = train_step(model, optimizer, data, config, step, step * per_step)
+        losses.append(loss_sum / targets)
+
+    assert ours.losses() == losses
+    weights = ours.weights()
+    assert weights.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_two_replicas_equal_the_loop_with_the_double_batch(local_run, make_config, corpus_folder):
+    """The rule with two replicas: each trains its half with its own AdamW, then both take the mean of differences."""
+    config = make_config(steps=4, coordinator={"wait_for": 4})
+    ours = local_run(config)
+    ours.join("a", "b", "c", "d")
+    ours.finish()
+
+    folder, manifest = corpus_folder
+    data = Dataset(folder)
+    models = [stock_model(config, manifest) for _ in range(2)]
+    optimizers = [adamw(m, config) for m in models]
+    per_head = config.pipeline.microbatches * config.pipeline.microbatch_size
+    reference = {k: v.clone() for k, v in models[0].state_dict().items()}
+    losses = []
+    for step in range(config.steps):
+        sums = [
+            train_step(m, o, data, config, step, (2 * step + i) * per_head)
+            for i, (m, o) in enumerate(zip(models, optimizers, strict=True))
+        ]
+        losses.append(sum(s for s, _ in sums) / sum(t for _, t in sums))
+        with torch.no_grad():
+            for name, g in reference.items():
+                differences = [m.state_dict()[name] - g for m in models]
+                g += differences[0] * 0.5 + differences[1] * 0.5
+                for model in models:
+                    model.state_dict()[name].copy_(g)
+
+    assert ours.losses() == losses
+    for name, tensor in reference.items():
+        assert torch.equal(ours.weights()[name], tensor), name
+    assert len(ours.seen(events.RoundCommitted)) == config.steps
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        {"preset": "potluck", "every": 2},
+        {"preset": "potluck", "every": 2, "delay": 0},
+        {"preset": "cocktail"},
+        {"preset": "diloco", "every": 3},
+        {"preset": "gptjt", "coin": 0.4},
+    ],
+    ids=str,
+)
+def test_replicas_agree_after_every_compressed_round(local_run, make_config, sync):
+    """Every committed round means: all replicas of every stage reported the same digest of g."""
+    config = make_config(
+        steps=8,
+        sync=sync,
+        activations={"forward": "int4:tile=32", "backward": "int8:tile=32"},
+        pipeline={"microbatches": 1},
+        coordinator={"wait_for": 4},
+    )
+    ours = local_run(config)
+    ours.join("a", "b", "c", "d")
+    ours.finish()
+    assert not ours.seen(events.RoundRefused)
+    assert ours.seen(events.RoundCommitted)
+    stages = {}
+    for worker in ours.workers.values():
+        stage = worker.engine.stage
+        stages.setdefault((stage.first, stage.last), []).append(stage.g)
+    for first, second in stages.values():
+        assert torch.equal(first, second)
+
+
+def test_a_late_round_keeps_what_was_trained_meanwhile(local_run, make_config):
+    """With one replica a round changes nothing, early or late: the delay must not lose a step."""
+    results = []
+    for delay in (0, 1):
+        config = make_config(steps=6, sync={"preset": "dense", "every": 2, "delay": delay})
+        ours = local_run(config, home=f"delay{delay}")
+        ours.join("a", "b")
+        results.append(ours.finish().weights())
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
+def test_export_gives_the_runs_own_logits(local_run, make_config, corpus_folder, tmp_path: Path):
+    """The folder a run publishes, in stock transformers, against the run's own stages."""
+    import asyncio
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from potluck.coordinator.publish import Publisher
+
+    config = make_config(steps=3)
+    ours = local_run(config)
+    ours.join("a", "b")
+    ours.finish()
+    folder, manifest = corpus_folder
+    done: list[Path] = []
+
+    async def arrived(step: int, path: Path) -> None:
+        done.append(path)
+
+    async def publish() -> None:
+        publisher = Publisher(tmp_path / "out", folder, config, manifest, ours.rules.layers, arrived)
+        for stage, data in ours.published[3].items():
+            publisher.part(3, stage).write_bytes(data)
+            await publisher.arrived(3, stage)
+
+    asyncio.run(publish())
+    model = AutoModelForCausalLM.from_pretrained(done[0])
+    assert isinstance(model, GPTJForCausalLM)
+    tokenizer = AutoTokenizer.from_pretrained(done[0])
+    ids = tokenizer("the quick brown fox jumps", return_tensors="pt").input_ids[:, :16]
+
+    hidden = ids
+    stages = sorted((w.engine.stage for w in ours.workers.values()), key=lambda s: s.first)
+    with torch.inference_mode():
+        for stage in stages:
+            stage.x.copy_(stage.g)
+            hidden = stage.module(hidden)
+        torch.testing.assert_close(model(ids).logits, stages[-1].module.logits(hidden), rtol=0, atol=1e-5)
