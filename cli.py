@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
@@ -14,9 +15,10 @@ from typing import Any
 import click
 
 from . import __version__
-from .protocol.errors import PotluckError
+from .protocol.errors import ConfigError, PotluckError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+WORKER_PACKAGES = ("torch", "transformers", "safetensors")
 
 
 class Group(click.Group):
@@ -27,6 +29,11 @@ class Group(click.Group):
             return super().invoke(ctx)
         except PotluckError as error:
             click.echo(f"potluck: {error.one_line()}", err=True)
+            ctx.exit(1)
+        except ModuleNotFoundError as error:
+            if error.name not in WORKER_PACKAGES:
+                raise
+            click.echo(f"potluck: {error.name} is not installed. Install it: pip install 'potluck[worker]'", err=True)
             ctx.exit(1)
 
 
@@ -42,6 +49,8 @@ def main(verbose: bool) -> None:
                                        potluck coordinator up run.yaml
     Join a run with its ticket:        potluck worker join TICKET
     """
+    if not verbose:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes to stderr beside our own line
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(asctime)s %(name)s: %(message)s",
@@ -91,7 +100,6 @@ def coordinator() -> None:
 def coordinator_init(path: Path) -> None:
     """Write a run.yaml with every setting and its default."""
     from .protocol.config import CoordinatorConfig, RunConfig, dump
-    from .protocol.errors import ConfigError
 
     if path.exists():
         raise ConfigError(f"{path} is there already", hint="Name another file.")
@@ -161,14 +169,20 @@ async def _coordinator(config: Any, folder: Path, ready_file: Path | None) -> in
         if ready_file:
             data = json.dumps({"ticket": up.ticket, "page": up.page, "address": up.address})
             temporary = ready_file.with_suffix(".tmp")
-            temporary.write_text(data, encoding="utf-8")
-            temporary.replace(ready_file)
+            try:
+                temporary.write_text(data, encoding="utf-8")
+                temporary.replace(ready_file)
+            except OSError as error:
+                raise ConfigError(
+                    f"{ready_file}: cannot be written ({error.strerror})",
+                    hint="Name a file in a writable folder with --ready-file.",
+                ) from None
         done = asyncio.create_task(up.hub.until_phase("finished", "stopped"))
         asked = asyncio.create_task(stop.wait())
         await asyncio.wait({done, asked}, return_when=asyncio.FIRST_COMPLETED)
         if done.done():
             done.result()
-            await asyncio.sleep(2.0)  # workers hear of it
+            await up.hub.until_alone(service.FAREWELL_SECONDS)
             where = up.board.published
             click.echo("The run is finished." + (f" Model: {folder / 'checkpoints' / where}" if where else ""))
             return 0
@@ -239,8 +253,6 @@ async def _worker(ticket: Any, folder: Path, options: dict[str, Any]) -> int:
     if not working.done():
         say("left at once; what was not committed is done by others")
         sys.stdout.flush()
-        import os
-
         os._exit(130)
     say(working.result())
     return 0
@@ -253,6 +265,11 @@ async def _worker(ticket: Any, folder: Path, options: dict[str, Any]) -> int:
 @click.option("--seed", type=int, default=0, show_default=True)
 def sample(model: Path, prompt: str, tokens: int, seed: int) -> None:
     """Let a published MODEL (a folder) write, with stock transformers."""
+    if not (model / "config.json").is_file():
+        raise ConfigError(
+            f"{model} holds no published model: config.json is missing",
+            hint="Name a step's folder in the run's checkpoints.",
+        )
     from .worker.sampling import write
 
     click.echo(write(model, prompt, tokens, seed))

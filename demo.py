@@ -13,23 +13,16 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console, Group
-from rich.live import Live
-from rich.markup import escape
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from .protocol.config import (
     CheckpointConfig,
     CoordinatorConfig,
     DataConfig,
     EvalConfig,
+    ModelConfig,
     OptimizerConfig,
     PipelineConfig,
     RunConfig,
@@ -38,6 +31,7 @@ from .protocol.config import (
     load,
 )
 from .protocol.errors import ConfigError, StateError
+from .screen import Screen
 
 STEPS = 240
 MARKER = ".potluck-demo"
@@ -64,6 +58,7 @@ def run_config(demo: DemoConfig) -> RunConfig:
     return RunConfig(
         name="demo",
         steps=demo.steps or STEPS,
+        model=ModelConfig(layers=max(4, demo.stages)),
         data=DataConfig(source=demo.data),
         pipeline=PipelineConfig(stages=demo.stages, microbatch_size=2, microbatches=4, recompute=False),
         optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, schedule="cosine"),
@@ -77,13 +72,13 @@ def run_config(demo: DemoConfig) -> RunConfig:
 def run(demo: DemoConfig) -> int:
     """The whole demo; the process's exit code."""
     folder, config = prepare(demo)
-    show = Screen(Console(), demo, folder, config)
-    crew = Crew(folder, demo.workers)
+    show = Screen(plain=demo.plain)
+    crew = Crew(folder, config.coordinator.wait_for)
     interrupted = threading.Event()
-    before = {n: signal.signal(n, lambda *_: interrupted.set()) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, lambda *_: interrupted.set()) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         show.say(
-            f"potluck demo: {demo.workers} workers, {config.pipeline.stages} stages; everything is kept in {folder}"
+            f"potluck demo: {crew.workers} workers, {config.pipeline.stages} stages; everything is kept in {folder}"
         )
         ready = crew.start_coordinator(interrupted, show)
         if ready is None:
@@ -92,10 +87,10 @@ def run(demo: DemoConfig) -> int:
         show.page = ready["page"]
         show.say(f"Dashboard: {ready['page']}")
         crew.start_workers(ready["ticket"])
-        return watch(crew, show, interrupted)
+        return watch(demo, crew, show, interrupted)
     finally:
         crew.end()
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -106,7 +101,7 @@ def prepare(demo: DemoConfig) -> tuple[Path, RunConfig]:
     folder = demo.keep.absolute() if demo.keep else data_home() / "demo"
     marker, path = folder / MARKER, folder / "run.yaml"
     if demo.resume:
-        if not path.exists():
+        if not (marker.exists() and path.exists()):
             raise StateError(f"{folder} holds no run to go on with", hint="Start one: potluck demo")
         return folder, load(path)
     if demo.workers < demo.stages:
@@ -119,7 +114,7 @@ def prepare(demo: DemoConfig) -> tuple[Path, RunConfig]:
         if folder.exists() and any(folder.iterdir()):
             if not marker.exists():
                 raise ConfigError(f"{folder} is not empty and not a demo's", hint="Name another folder with --keep.")
-            if demo.keep:
+            if demo.keep and (folder / "coordinator" / "run.sqlite").exists():
                 raise ConfigError(
                     f"{folder} holds a run already",
                     hint="Go on with it: --resume. Or name another folder with --keep.",
@@ -161,7 +156,8 @@ class Crew:
                 return None
             if self.coordinator.poll() is not None:
                 raise StateError(
-                    f"the coordinator ended: {self.last_line('coordinator')}", hint="Its whole log is there."
+                    f"the coordinator ended: {self.last_line('coordinator')}",
+                    hint=f"Its log: {self.folder / 'logs' / 'coordinator.log'}",
                 )
         return json.loads(ready.read_text(encoding="utf-8"))
 
@@ -225,7 +221,7 @@ class Crew:
         with contextlib.suppress(OSError):
             lines = (self.folder / "logs" / f"{name}.log").read_text(errors="replace").strip().splitlines()
             if lines:
-                return lines[-1].removeprefix("potluck: ")
+                return lines[-1].removeprefix("potluck: ").removesuffix(".")
         return "without a word"
 
     def _spawn(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
@@ -254,7 +250,7 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def watch(crew: Crew, show: Screen, interrupted: threading.Event) -> int:
+def watch(demo: DemoConfig, crew: Crew, show: Screen, interrupted: threading.Event) -> int:
     """Follows the run to its end."""
     checkpoints = crew.folder / "coordinator" / "checkpoints"
     first: subprocess.Popen[bytes] | None = None
@@ -265,7 +261,7 @@ def watch(crew: Crew, show: Screen, interrupted: threading.Event) -> int:
             state = fetch(show.page + "api/state")
             if state:
                 show.update(state)
-            if first is None and (checkpoints / "step-00000000" / "config.json").exists() and not show.resumed:
+            if first is None and (checkpoints / "step-00000000" / "config.json").exists() and not demo.resume:
                 first = crew.sample(checkpoints / "step-00000000")
             for name in crew.failed():
                 if name not in reported:
@@ -294,7 +290,7 @@ def watch(crew: Crew, show: Screen, interrupted: threading.Event) -> int:
         stopping.start()
         while stopping.is_alive() and not interrupted.wait(0.1):
             pass
-        keep = f" --keep {crew.folder}" if show.demo.keep else ""
+        keep = f" --keep {crew.folder}" if demo.keep else ""
         show.say(f"Stopped. Go on with: potluck demo --resume{keep}")
         return 130
     model = max(checkpoints.glob("step-*"))
@@ -318,93 +314,3 @@ def fetch(url: str) -> dict[str, Any] | None:
 def text_of(process: subprocess.Popen[bytes]) -> str:
     out, _ = process.communicate(timeout=120.0)
     return " ".join(out.decode(errors="replace").split())
-
-
-class Screen:
-    """What the terminal shows: a live block while training, lines otherwise."""
-
-    def __init__(self, console: Console, demo: DemoConfig, folder: Path, config: RunConfig) -> None:
-        self.console, self.demo, self.folder, self.config = console, demo, folder, config
-        self.page = ""
-        self.state: dict[str, Any] | None = None
-        self.resumed = demo.resume
-        self._plain = demo.plain or not console.is_terminal
-        self._live: Live | None = None
-        self._shown_step = -1
-
-    def say(self, line: str) -> None:
-        self.console.print(escape(line), highlight=False, soft_wrap=True)
-
-    @contextlib.contextmanager
-    def live(self) -> Iterator[None]:
-        if self._plain:
-            yield
-            return
-        with Live(Text("starting the workers: loading torch …"), console=self.console, refresh_per_second=4) as live:
-            self._live = live
-            yield
-        self._live = None
-
-    def update(self, state: dict[str, Any]) -> None:
-        self.state = state
-        if self._live:
-            self._live.update(self._block(state))
-        elif state["step"] // 20 > self._shown_step // 20 or self._shown_step < 0:
-            self._shown_step = state["step"]
-            self.say(self._line(state))
-
-    def _line(self, s: dict[str, Any]) -> str:
-        if not s["step"]:
-            return f"{s['phase']}: {s['note']}" if s["note"] else s["phase"]
-        return (
-            f"step {s['step']}/{s['steps']}  loss {number(s['train_loss'])}  held-out {number(s['heldout_loss'])}"
-            f"  {number(s['tokens_per_second'], 0)} tokens/s  {number(s['bytes_per_token'], 0)} B/token"
-            f" (uncompressed {number(s['dense_bytes_per_token'], 0)})  peers {len(s['peers'])}  rounds {s['round']}"
-        )
-
-    def _block(self, s: dict[str, Any]) -> Group:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim")
-        table.add_column()
-        bar = ProgressBar(total=s["steps"], completed=s["step"], width=40)
-        eta = f"{s['eta_seconds']:.0f} s left" if s["eta_seconds"] else ""
-        note = f"{s['phase']}" + (f": {s['note']}" if s["note"] else "")
-        factor = ""
-        if s["bytes_per_token"] and s["dense_bytes_per_token"]:
-            factor = f", {s['dense_bytes_per_token'] / s['bytes_per_token']:.1f}x fewer"
-        table.add_row("step", f"{s['step']} of {s['steps']}  {eta}")
-        table.add_row("", bar)
-        table.add_row("phase", Text(note))
-        first = f"  (from {number(s['heldout_first'])})" if s["heldout_first"] else ""
-        table.add_row("held-out loss", f"[bold]{number(s['heldout_loss'])}[/]{first}")
-        table.add_row("training loss", number(s["train_loss"]))
-        table.add_row("speed", f"{number(s['tokens_per_second'], 0)} tokens/s")
-        table.add_row(
-            "bytes per token",
-            f"{number(s['bytes_per_token'], 0)} (uncompressed: {number(s['dense_bytes_per_token'], 0)}{factor})",
-        )
-        peers = ", ".join(f"{p['name']} s{p['stage']}" if p["stage"] is not None else p["name"] for p in s["peers"])
-        table.add_row("peers", Text(f"{len(s['peers'])}: {peers}"))
-        table.add_row("rounds", str(s["round"]))
-        table.add_row("dashboard", self.page)
-        return Group(table)
-
-    def summary(self, before: str | None, after: str, model: Path) -> None:
-        s = self.state or {}
-        self.say("")
-        self.say(
-            f"Held-out loss {number(s.get('heldout_first'))} -> {number(s.get('heldout_loss'))}"
-            f" after {s.get('tokens', 0):,} tokens in {s.get('round', 0)} rounds,"
-            f" {number(s.get('bytes_per_token'), 0)} bytes per token"
-            f" (uncompressed: {number(s.get('dense_bytes_per_token'), 0)})."
-        )
-        if before:
-            self.say(f"Before: {before}")
-        self.say(f"After:  {after}")
-        self.say("")
-        self.say(f"The model: {model}")
-        self.say(f'  from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained("{model}")')
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"

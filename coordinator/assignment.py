@@ -41,6 +41,19 @@ def assign(stages: Sequence[StageNeed], offers: Mapping[str, Offer]) -> list[lis
     def fits(peer: str, s: int) -> bool:
         return offers[peer].memory_gb >= stages[s].memory_gb
 
+    def fill(s: int, seen: set[int]) -> bool:
+        """Moves a peer to an empty stage, and others after it if that leaves a stage empty (an augmenting path)."""
+        seen.add(s)
+        able = [(len(placed[o]), offers[p].speed, p, o) for o in range(len(stages)) for p in placed[o] if fits(p, s)]
+        for *_, peer, origin in sorted(able, reverse=True):
+            if origin not in seen:
+                placed[origin].remove(peer)
+                if placed[origin] or fill(origin, seen):
+                    placed[s].add(peer)
+                    return True
+                placed[origin].add(peer)
+        return False
+
     order = sorted(offers, key=lambda p: (-offers[p].speed, p))
     for peer in order:
         home = offers[peer].home
@@ -52,18 +65,8 @@ def assign(stages: Sequence[StageNeed], offers: Mapping[str, Offer]) -> list[lis
             if options:
                 placed[max(options, key=lambda s: (load(s), -s))].add(peer)
     for s in range(len(stages)):
-        if not placed[s]:
-            spare = [
-                (len(placed[o]), offers[p].speed, p, o)
-                for o in range(len(stages))
-                for p in placed[o]
-                if len(placed[o]) > 1 and fits(p, s)
-            ]
-            if not spare:
-                return None
-            *_, peer, origin = max(spare)
-            placed[origin].remove(peer)
-            placed[s].add(peer)
+        if not placed[s] and not fill(s, set()):
+            return None
     for _ in range(len(offers)):
         slowest = max(range(len(stages)), key=load)
         before = load(slowest)

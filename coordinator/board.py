@@ -29,7 +29,6 @@ class PeerFigures:
 
     samples: int = 0
     seconds_per_step: float | None = None
-    device: str = ""
 
 
 class Board:
@@ -72,34 +71,30 @@ class Board:
 
     # What comes in.
 
-    def traffic_of(
-        self, reports: Sequence[pb.Up], batch: Sequence[tuple[Any, Any, int]]
-    ) -> list[tuple[str, list[Any]]]:
-        """Takes heartbeats' byte counts; returns the statements that keep them."""
+    def heard(self, reports: Sequence[tuple[bytes, Said]]) -> list[tuple[str, list[Any]]]:
+        """Takes what workers said, with their sessions; returns the statements that keep their byte counts."""
         statements: list[tuple[str, list[Any]]] = []
-        for what, line, _ in batch:
-            if not isinstance(what, Said) or line is None or what.report.WhichOneof("body") != "heartbeat":
-                continue
-            totals: dict[tuple[str, str], tuple[int, int]] = {}
-            for t in what.report.heartbeat.traffic:
-                nbytes, dense = totals.get((t.purpose, t.direction), (0, 0))
-                totals[t.purpose, t.direction] = (nbytes + t.nbytes, dense + t.dense_nbytes)
-            for (purpose, direction), (nbytes, dense) in totals.items():
-                key = (what.peer, line.session.hex(), purpose, direction)
-                if self._traffic.get(key) != (nbytes, dense):
-                    self._traffic[key] = (nbytes, dense)
-                    statements.append(("INSERT OR REPLACE INTO traffic VALUES (?,?,?,?,?,?)", [*key, nbytes, dense]))
-        for report in reports:
-            if report.WhichOneof("body") == "step_done":
-                self.version += 1
-        for what, _, _ in batch:
-            if isinstance(what, Said) and what.report.WhichOneof("body") == "step_done":
-                done, figures = what.report.step_done, self._figures.setdefault(what.peer, PeerFigures())
-                figures.samples += done.samples
-                seconds = done.compute_seconds + done.wait_seconds
-                old = figures.seconds_per_step
-                figures.seconds_per_step = seconds if old is None else 0.8 * old + 0.2 * seconds
+        for session, said in reports:
+            body = said.report.WhichOneof("body")
+            if body == "step_done":
+                self._step_done(said.peer, said.report.step_done)
+            elif body == "heartbeat":
+                totals: dict[tuple[str, str], tuple[int, int]] = {}
+                for t in said.report.heartbeat.traffic:
+                    nbytes, dense = totals.get((t.purpose, t.direction), (0, 0))
+                    totals[t.purpose, t.direction] = (nbytes + t.nbytes, dense + t.dense_nbytes)
+                for (purpose, direction), total in totals.items():
+                    key = (said.peer, session.hex(), purpose, direction)
+                    if self._traffic.get(key) != total:
+                        self._traffic[key] = total
+                        statements.append(("INSERT OR REPLACE INTO traffic VALUES (?,?,?,?,?,?)", [*key, *total]))
         return statements
+
+    def _step_done(self, peer: str, done: pb.StepDone) -> None:
+        figures = self._figures.setdefault(peer, PeerFigures())
+        figures.samples += done.samples
+        seconds, old = done.compute_seconds + done.wait_seconds, figures.seconds_per_step
+        figures.seconds_per_step = seconds if old is None else 0.8 * old + 0.2 * seconds
 
     def update(self, state: RunState, commands: Sequence[Journal | Point | Commit], now: float) -> None:
         """The state after a batch, and what was written down in it."""
@@ -161,7 +156,7 @@ class Board:
         train = [p for p in self._points[-40:] if p["train"] is not None]
         heldout = [p for p in self._points if p["heldout"] is not None]
         steps_done = max((p["step"] for p in train), default=state.committed.step)
-        tokens = self._points[-1]["tokens"] if self._points else 0
+        tokens = state.committed.sample * model.seq_len
         speed = self._speed(train)
         per_step = None
         if len(train) > 1:
@@ -195,7 +190,6 @@ class Board:
             "heldout_loss": heldout[-1]["heldout"] if heldout else None,
             "heldout_first": heldout[0]["heldout"] if heldout else None,
             "tokens": tokens,
-            "committed_tokens": state.committed.sample * model.seq_len,
             "tokens_per_second": speed if state.phase == "training" else None,
             "eta_seconds": (config.steps - steps_done) * per_step if per_step and state.phase == "training" else None,
             "round": state.rounds,

@@ -7,6 +7,7 @@ transaction, and only then acknowledges reports and sends views.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -54,7 +55,7 @@ class Hub:
         self._queue: asyncio.Queue[tuple[Input, Line | None, int]] = asyncio.Queue()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._tasks: list[asyncio.Task[None]] = []
-        self._phase_changed = asyncio.Condition()
+        self._changed = asyncio.Condition()
 
     async def start(self) -> None:
         self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._ticks())]
@@ -78,11 +79,17 @@ class Hub:
 
     async def until_phase(self, *phases: str) -> str:
         """Waits until the run is in one of ``phases``, or the disk has failed (raises its ``StateError``)."""
-        async with self._phase_changed:
-            await self._phase_changed.wait_for(lambda: self.failed or self.state.phase in phases)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.failed or self.state.phase in phases)
         if self.failed:
             raise self.failed
         return self.state.phase
+
+    async def until_alone(self, seconds: float) -> None:
+        """Waits until every worker has hung up and its last words are on disk, at most ``seconds``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait_for(lambda: self.failed or not (self.lines or self.state.members))
 
     def report(self, line: Line, up: pb.Up) -> None:
         """A message from a worker; repeated ones are acknowledged again and otherwise ignored."""
@@ -115,7 +122,7 @@ class Hub:
             for what, _, _ in batch:
                 state, ordered = step(self.rules, state, what, now)
                 commands += ordered
-            traffic = self.board.traffic_of([w.report for w, _, _ in batch if isinstance(w, Said)], batch)
+            traffic = self.board.heard([(x.session, w) for w, x, _ in batch if isinstance(w, Said) and x is not None])
             durable = [c for c in commands if not isinstance(c, Dismiss)]
             if durable or traffic:
                 try:
@@ -123,15 +130,15 @@ class Hub:
                 except StateError as error:
                     await self._fail(error)
                     return
-            changed = state.phase != self.state.phase
+            changed = state.phase != self.state.phase or any(isinstance(what, Gone) for what, _, _ in batch)
             self.state = state
             self._tell(batch, commands)
             self.board.update(state, [c for c in durable if isinstance(c, Journal | Point | Commit)], now)
             for handler in self.on_commands:
                 await handler(commands)
             if changed:
-                async with self._phase_changed:
-                    self._phase_changed.notify_all()
+                async with self._changed:
+                    self._changed.notify_all()
 
     def _tell(self, batch: list[tuple[Input, Line | None, int]], commands: list[Any]) -> None:
         highest: dict[bytes, tuple[Line, int]] = {}
@@ -160,5 +167,5 @@ class Hub:
         self.failed = error
         self.state = replace(self.state, note=error.one_line())
         self.board.update(self.state, [], time.time())
-        async with self._phase_changed:
-            self._phase_changed.notify_all()
+        async with self._changed:
+            self._changed.notify_all()

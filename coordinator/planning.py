@@ -35,7 +35,9 @@ def choose(rules: Rules, state: RunState, now: float) -> Start | Wait:
     if len(free) < wanted:
         missing = wanted - len(free)
         return Wait(f"{missing} more worker{'s' if missing > 1 else ''} must join")
-    if now - state.last_join < rules.settle_seconds and not (rules.wait_for and len(free) >= rules.wait_for):
+    enough = rules.wait_for and len(free) >= rules.wait_for
+    in_haste = len(free) < len(state.members)  # who leaves may be a donor, and goes if there is no plan
+    if now - state.last_join < rules.settle_seconds and not enough and not in_haste:
         return Wait("workers are joining")
     patient = now - max(state.since, state.last_join) <= rules.patience_seconds
     if state.stop:
@@ -90,11 +92,8 @@ def holders(rules: Rules, state: RunState, mark: Mark) -> list[list[str]]:
     """Of each stage, the peers (leaving ones too) that hold its state at a committed round."""
     found = []
     for i, layers in enumerate(rules.layers):
-        digest = mark.digests[i] if mark.digests else b""
-        wanted = ("round", mark.generation, mark.step, *layers, digest)
-        found.append(
-            [p for p, m in sorted(state.members.items()) if wanted in {(*name(s), s.digest) for s in m.savepoints}]
-        )
+        wanted = mark.savepoint(i, layers)
+        found.append([p for p, m in sorted(state.members.items()) if wanted in m.savepoints])
     return found
 
 

@@ -14,11 +14,11 @@ round and the samples since then are leased again. So the committed samples are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from ..protocol import control_pb2 as pb
-from ..protocol.plan import SavePoint
 from . import events as ev
 from .planning import Start, Wait, choose, make_plan
 from .state import (
@@ -88,8 +88,11 @@ class Machine(Turn):
     def advance(self) -> None:
         """Moves the phase on as far as the state allows."""
         phase = self.state.phase
+        complete = self.state.published >= self.rules.steps <= self.state.evaluated
         if phase == "waiting":
-            if self.state.stop_asked:
+            if complete and self.state.committed.step >= self.rules.steps:  # opened again after its end
+                self.finished()
+            elif self.state.stop_asked:
                 self.stopped()
             else:
                 self.try_plan()
@@ -97,9 +100,8 @@ class Machine(Turn):
             self.advance_preparing()
         elif phase == "training":
             self.advance_training()
-        elif phase == "finishing" and self.state.published >= self.rules.steps <= self.state.evaluated:
-            self.journal(ev.Finished(step=self.rules.steps))
-            self.enter("finished", "the run is complete")
+        elif phase == "finishing" and complete:
+            self.finished()
         elif phase == "finishing" and self.state.stop_asked:
             self.stopped()
 
@@ -112,6 +114,7 @@ class Machine(Turn):
             self.abort("a worker leaves before it began")
         elif all(self.state.members[p].ready == plan.generation for p in plan.peers):
             self.journal(ev.TrainingStarted(generation=plan.generation, step=plan.first_step))
+            self.forget_stop()  # what is leased from here on goes beyond it
             self.set(publish=0 if self.state.published < 0 and plan.origin == "init" else self.state.publish)
             if plan.first_step >= self.rules.steps:
                 self.set(publish=self.rules.steps)
@@ -215,11 +218,13 @@ class Machine(Turn):
         assert plan is not None
         verdict = judge(plan, self.state.committed, at, reports)
         if verdict.wrong:
-            known = verdict.wrong & self.state.members.keys()
-            names = tuple(sorted(self.state.members[p].name for p in known))
+            names = tuple(sorted(self.state.members[p].name for p in verdict.wrong))
             self.journal(ev.RoundRefused(step=at, peers=names, why=verdict.why))
-            for peer in known:
-                self.member(replace(self.state.members[peer], savepoints=frozenset()))
+            for stage in plan.stages:
+                peers = {r.peer for r in stage.replicas}
+                # If nobody of a stage is right, there is nobody to take it over from: each checks its own by digest.
+                for peer in verdict.wrong & peers if peers - verdict.wrong else ():
+                    self.member(replace(self.state.members[peer], savepoints=frozenset()))
             self.abort(verdict.why)
             return False
         self.commit(verdict.mark, reports)
@@ -240,34 +245,26 @@ class Machine(Turn):
             round=state.rounds + 1,
             replicas=len(reports),
             samples=mark.sample - state.committed.sample,
-            nbytes=sum(r.nbytes for r in reports.values()),
-            seconds=max(r.seconds for r in reports.values()),
+            nbytes=min(sum(r.nbytes for r in reports.values()), 2**63 - 1),
+            seconds=max([0.0, *(r.seconds for r in reports.values() if math.isfinite(r.seconds))]),
         )
         self.commands.append(command)
         for i, stage in enumerate(plan.stages):
-            point = SavePoint(
-                kind="round",
-                generation=mark.generation,
-                step=mark.step,
-                first_layer=stage.first_layer,
-                last_layer=stage.last_layer,
-                digest=mark.digests[i],
-            )
+            point = mark.savepoint(i, self.rules.layers[i])
             for replica in stage.replicas:
                 if member := self.state.members.get(replica.peer):
-                    kept = {s for s in member.savepoints if s.kind == "round"}
-                    newest = sorted(kept, key=lambda s: (s.step, s.generation))[-4:]
-                    self.member(replace(member, savepoints=frozenset({*newest, point})))
+                    rounds = {s for s in member.savepoints if s.kind == "round" and s.step < mark.step}
+                    newest = sorted(rounds, key=lambda s: (s.step, s.generation))[-KEPT_MARKS:]
+                    # A faster stage may have saved its stop before this round came in.
+                    stops = {s for s in member.savepoints if s.kind == "step" and s.generation == plan.generation}
+                    self.member(replace(member, savepoints=frozenset({*newest, *stops, point})))
         older = (state.committed, *state.marks) if state.committed.step else state.marks
         self.set(
             committed=mark,
             marks=older[:KEPT_MARKS],
             rounds=state.rounds + 1,
             rounds_done={s: r for s, r in state.rounds_done.items() if s > mark.step},
-            stop=None,
         )
-        if state.stop:
-            self.commands.append(Remember(generation=state.generation, stop=None))
         self.journal(
             ev.RoundCommitted(
                 round=command.round,
@@ -290,7 +287,7 @@ class Machine(Turn):
         if self.state.phase == "training":
             self.journal(ev.RolledBack(step=self.state.committed.step, why=why))
         self.commands.append(ReturnLeases(reason=why))
-        self.set(stop=None)
+        self.forget_stop()
         self.replan(why)
 
     def replan(self, why: str) -> None:
@@ -309,6 +306,16 @@ class Machine(Turn):
         self.enter("waiting", why)
         if not self.state.stop_asked:
             self.try_plan()
+
+    def forget_stop(self) -> None:
+        """A stop is gone on from once: afterwards its leases are committed or returned with the others."""
+        if self.state.stop:
+            self.commands.append(Remember(generation=self.state.generation, stop=None))
+            self.set(stop=None)
+
+    def finished(self) -> None:
+        self.journal(ev.Finished(step=self.rules.steps))
+        self.enter("finished", "the run is complete")
 
     def stopped(self) -> None:
         at = self.state.stop or self.state.committed
@@ -342,6 +349,7 @@ class Machine(Turn):
         for member in list(self.state.members.values()):
             self.member(replace(member, step=mark.step, ready=0))
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
+        self.set(evaluated=min(state.evaluated, mark.step))  # what is trained anew is evaluated anew
         names = tuple(tuple(self.state.members[p].name for p in peers) for peers in start.seats)
         self.journal(ev.PlanIssued(generation=plan.generation, step=mark.step, origin=mark.kind, stages=names))
         self.enter("preparing", "workers take over their stages")

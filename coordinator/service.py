@@ -9,7 +9,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ import msgspec
 
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
-from ..protocol.errors import ConfigError, StateError
+from ..protocol.errors import ConfigError, IdentityError, StateError
+from ..protocol.identity import lock
 from ..protocol.manifest import TOKENS_FILE, Manifest
 from ..protocol.plan import split_layers, stage_parameters
 from ..protocol.ticket import Ticket
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 BYTES_PER_PARAMETER = 32  # fp32 weights, reference, gradient, two moments, and copies for a round and to go back to
 GIGABYTE = 1e9
 STOP_SECONDS = 60.0
+FAREWELL_SECONDS = 10.0  # for workers to hear of the end and hang up
 
 
 def rules_of(config: RunConfig, manifest: Manifest) -> Rules:
@@ -82,7 +84,35 @@ async def running(
     config: RunConfig, data_dir: Path, progress: Callable[[str, float], None] | None = None
 ) -> AsyncIterator[Running]:
     """Everything a coordinator is, on its addresses. Leaving the block stops it at once: ask the hub first."""
-    folder = corpus_folder(data_dir)
+    with alone(data_dir):
+        async with _running(config, data_dir, progress) as up:
+            yield up
+
+
+@contextlib.contextmanager
+def alone(data_dir: Path) -> Iterator[None]:
+    """Holds the data directory: a second coordinator on the same ledger would hand out the same samples."""
+    try:
+        with lock(data_dir / "run"):
+            yield
+    except IdentityError as error:
+        if error.code != "in-use":
+            raise
+        raise StateError(
+            f"another coordinator is running on {data_dir}",
+            hint="Stop it, or give this one its own --data-dir.",
+            code="in-use",
+        ) from None
+
+
+@asynccontextmanager
+async def _running(
+    config: RunConfig, data_dir: Path, progress: Callable[[str, float], None] | None
+) -> AsyncIterator[Running]:
+    folder, path = corpus_folder(data_dir), data_dir / "run.sqlite"
+    if path.exists():  # before the corpus: preparing another one would replace this run's
+        with contextlib.closing(Store(path)) as store:
+            check_fixed(store, config)
     manifest = await asyncio.to_thread(
         corpus.prepare,
         config.data.source,
@@ -94,7 +124,7 @@ async def running(
         progress=progress,
     )
     rules = rules_of(config, manifest)
-    store = Store(data_dir / "run.sqlite")
+    store = Store(path)
     run_id, secret, state = open_run(store, config, manifest)
     certificate = Certificate.load_or_create(data_dir)
     board = Board(config, rules, run_id, manifest.vocab_size, store)
@@ -159,21 +189,25 @@ async def running(
         await hub.close()
 
 
-def open_run(store: Store, config: RunConfig, manifest: Manifest) -> tuple[str, str, RunState]:
-    """The run in this data directory: a new one, or the one that was there, from where it stood."""
-    known = store.meta("config")
-    mine = msgspec.to_builtins(config)
-    if known is None:
-        run_id, secret = secrets.token_hex(8), secrets.token_urlsafe(24)
-        store.set_meta(config=mine, manifest=msgspec.to_builtins(manifest), run_id=run_id, secret=secret)
-        return run_id, secret, RunState(since=time.time())
-    fixed = ("name", "seed", "model", "data", "pipeline", "activations", "optimizer", "sync")
-    for key in fixed:
-        if known.get(key) != mine[key]:
+def check_fixed(store: Store, config: RunConfig) -> None:
+    """``ConfigError`` if a section that a run keeps for life differs from what it was started with."""
+    known, mine = store.meta("config"), msgspec.to_builtins(config)
+    for key in ("name", "seed", "model", "data", "pipeline", "activations", "optimizer", "sync"):
+        if known is not None and known.get(key) != mine[key]:
             raise ConfigError(
                 f"run.yaml's `{key}` is not what this run was started with",
                 hint=f"Put it back, or start a new run with another --data-dir (this one: {store.path.parent}).",
             )
+
+
+def open_run(store: Store, config: RunConfig, manifest: Manifest) -> tuple[str, str, RunState]:
+    """The run in this data directory: a new one, or the one that was there, from where it stood."""
+    check_fixed(store, config)
+    mine = msgspec.to_builtins(config)
+    if store.meta("config") is None:
+        run_id, secret = secrets.token_hex(8), secrets.token_urlsafe(24)
+        store.set_meta(config=mine, manifest=msgspec.to_builtins(manifest), run_id=run_id, secret=secret)
+        return run_id, secret, RunState(since=time.time())
     if store.meta("manifest")["tokens_sha256"] != manifest.tokens_sha256:
         raise StateError(
             "the corpus is not the one this run was started with",
@@ -204,7 +238,7 @@ async def stop(up: Running, seconds: float = STOP_SECONDS) -> str:
     try:
         async with asyncio.timeout(seconds):
             phase = await up.hub.until_phase("stopped", "finished")
-            await asyncio.sleep(0.5)  # the last views leave
+            await up.hub.until_alone(FAREWELL_SECONDS)
             return phase
     except TimeoutError:
         return up.hub.state.phase

@@ -75,6 +75,18 @@ class Mark:
     digests: tuple[bytes, ...] = ()
     holders: tuple[tuple[str, ...], ...] = ()
 
+    def savepoint(self, stage: int, layers: tuple[int, int]) -> SavePoint:
+        """What a peer must hold to start ``stage`` from this committed round."""
+        first, last = layers
+        return SavePoint(
+            kind="round",
+            generation=self.generation,
+            step=self.step,
+            first_layer=first,
+            last_layer=last,
+            digest=self.digests[stage] if self.digests else b"",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,11 @@ class Store:
 
     def write(self, commands: Iterable[Command], now: float, extra: Sequence[tuple[str, Sequence[Any]]] = ()) -> None:
         """Carries out what touches the disk, all or nothing, and returns when it is durable."""
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._transaction():
             for command in commands:
                 self._write(command, now)
             for sql, values in extra:
                 self._db.execute(sql, values)
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise self._refused(error) from None
 
     def _write(self, command: Command, now: float) -> None:
         run = self._db.execute
@@ -128,13 +123,22 @@ class Store:
 
     def set_meta(self, **values: Any) -> None:
         """Stores JSON values by name."""
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._transaction():
             for key, value in values.items():
                 self._set(key, value)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._refused(error) from None
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error | OverflowError):
+                raise self._refused(error) from None
+            raise
 
     def _set(self, key: str, value: Any) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (key, json.dumps(value)))

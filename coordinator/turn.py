@@ -11,6 +11,8 @@ from ..protocol.plan import SavePoint
 from . import events as ev
 from .state import Command, Dismiss, Journal, Member, Point, Rules, RunState
 
+FAULT_LENGTH = 300  # of a peer's text, in the log and in everybody's note
+
 
 class Turn(ABC):
     """Collects the new state and the commands."""
@@ -47,8 +49,11 @@ class Turn(ABC):
         if self.state.phase in ("finished", "stopped"):
             self.dismiss(member, self.state.phase, f"the run is {self.state.phase}", "There is nothing to do here.")
             return
-        if present is None:
-            self.journal(ev.PeerJoined(peer=member.peer, name=member.name, device=member.device))
+        if present:  # its line broke and it dialled again: it is where it was
+            known = replace(present, addresses=member.addresses, savepoints=member.savepoints)
+            self.member(replace(known, last_seen=self.now))
+            return
+        self.journal(ev.PeerJoined(peer=member.peer, name=member.name, device=member.device))
         self.member(replace(member, joined=self.now, last_seen=self.now))
         self.set(last_join=self.now)
 
@@ -80,6 +85,8 @@ class Turn(ABC):
                 self.member(replace(self.state.members[peer], leaving=True))
         elif body in ("ready", "step_done", "round_done", "eval_done", "saved", "fault"):
             message = getattr(report, body)
+            if body == "ready":
+                self.took_over(self.state.members[peer], message)
             if self.state.plan is None or message.generation != self.state.plan.generation:
                 return  # of a generation that is over
             if peer in self.state.plan.peers:
@@ -87,6 +94,16 @@ class Turn(ABC):
 
     def ready(self, member: Member, message: pb.Ready) -> None:
         self.member(replace(member, ready=message.generation))
+
+    def took_over(self, member: Member, message: pb.Ready) -> None:
+        """What a peer got from a donor, it holds from now on, even if the donor is lost before the plan begins."""
+        plan, mark = self.state.plan, self.state.committed
+        if plan and plan.origin == "step" and plan.generation == message.generation:
+            return
+        for stage, digest in enumerate(mark.digests):
+            if digest == message.digest:
+                point = mark.savepoint(stage, self.rules.layers[stage])
+                self.member(replace(member, savepoints=member.savepoints | {point}))
 
     def step_done(self, member: Member, message: pb.StepDone) -> None:
         if message.step != member.step or message.step >= self.state.until:
@@ -107,8 +124,8 @@ class Turn(ABC):
             self.set(losses=kept)
 
     def round_done(self, member: Member, message: pb.RoundDone) -> None:
-        plan = self.state.plan
-        assert plan is not None
+        if not self.state.committed.step < message.step <= self.state.until:
+            return
         done = {**self.state.rounds_done.get(message.step, {}), member.peer: message}
         self.set(rounds_done={**self.state.rounds_done, message.step: done})
 
@@ -116,7 +133,7 @@ class Turn(ABC):
         plan = self.state.plan
         assert plan is not None
         last = {r.peer for r in plan.stages[-1].replicas}
-        if member.peer not in last or message.step <= self.state.evaluated:
+        if member.peer not in last or not self.state.evaluated < message.step <= self.state.until:
             return
         done = {**self.state.evals.get(message.step, {}), member.peer: message}
         self.set(evals={**self.state.evals, message.step: done})
@@ -125,7 +142,8 @@ class Turn(ABC):
             samples = plan.first_sample_of(message.step)
             self.commands.append(Point(step=message.step, tokens_samples=samples, heldout=loss))
             self.journal(ev.HeldOut(step=message.step, loss=loss))
-            self.set(evaluated=message.step, evals={})
+            later = {s: e for s, e in self.state.evals.items() if s > message.step}
+            self.set(evaluated=message.step, evals=later)
 
     def saved(self, member: Member, message: pb.Saved) -> None:
         try:
@@ -135,8 +153,9 @@ class Turn(ABC):
         self.member(replace(member, savepoints=member.savepoints | {point}))
 
     def fault(self, member: Member, message: pb.Fault) -> None:
-        self.journal(ev.Faulted(peer=member.peer, name=member.name, what=message.text))
-        self.abort(f"{member.name}: {message.text}")
+        what = " ".join(message.text.split())[:FAULT_LENGTH]
+        self.journal(ev.Faulted(peer=member.peer, name=member.name, what=what))
+        self.abort(f"{member.name}: {what}")
 
     def uploaded(self, at: int, path: str) -> None:
         self.journal(ev.Published(step=at, path=path))

@@ -21,7 +21,7 @@ export function ticks(low, high, wanted, least = 0) {
   const step = Math.max(least, [1, 2, 2.5, 5, 10].map((m) => m * power).find((size) => size >= rough * 0.999));
   const first = Math.ceil(low / step - 1e-9);
   const result = [];
-  for (let i = first; i * step <= high + step * 1e-9; i += 1) result.push(i * step);
+  for (let i = first; i * step <= high + step * 1e-9; i += 1) result.push(i * step + 0); // + 0: never "-0"
   return { step, values: result };
 }
 

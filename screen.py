@@ -1,0 +1,104 @@
+"""What ``potluck demo`` shows in the terminal: a live block while training, lines otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+
+class Screen:
+    """What the terminal shows: a live block while training, lines otherwise."""
+
+    def __init__(self, *, plain: bool) -> None:
+        self.console = Console()
+        self.page = ""
+        self.state: dict[str, Any] | None = None
+        self._plain = plain or not self.console.is_terminal
+        self._live: Live | None = None
+        self._shown_step = -1
+
+    def say(self, line: str) -> None:
+        self.console.print(escape(line), highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        if self._plain:
+            yield
+            return
+        with Live(Text("starting the workers: loading torch …"), console=self.console, refresh_per_second=4) as live:
+            self._live = live
+            yield
+        self._live = None
+
+    def update(self, state: dict[str, Any]) -> None:
+        self.state = state
+        if self._live:
+            self._live.update(self._block(state))
+        elif state["step"] // 20 > self._shown_step // 20 or self._shown_step < 0:
+            self._shown_step = state["step"]
+            self.say(self._line(state))
+
+    def _line(self, s: dict[str, Any]) -> str:
+        if not s["step"]:
+            return f"{s['phase']}: {s['note']}" if s["note"] else s["phase"]
+        return (
+            f"step {s['step']}/{s['steps']}  loss {number(s['train_loss'])}  held-out {number(s['heldout_loss'])}"
+            f"  {number(s['tokens_per_second'], 0)} tokens/s  {number(s['bytes_per_token'], 0)} B/token"
+            f" (uncompressed {number(s['dense_bytes_per_token'], 0)})  peers {len(s['peers'])}  rounds {s['round']}"
+        )
+
+    def _block(self, s: dict[str, Any]) -> Group:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column()
+        bar = ProgressBar(total=s["steps"], completed=s["step"], width=40)
+        eta = f"{s['eta_seconds']:.0f} s left" if s["eta_seconds"] else ""
+        note = f"{s['phase']}" + (f": {s['note']}" if s["note"] else "")
+        factor = ""
+        if s["bytes_per_token"] and s["dense_bytes_per_token"]:
+            factor = f", {s['dense_bytes_per_token'] / s['bytes_per_token']:.1f}x fewer"
+        table.add_row("step", f"{s['step']} of {s['steps']}  {eta}")
+        table.add_row("", bar)
+        table.add_row("phase", Text(note))
+        first = f"  (from {number(s['heldout_first'])})" if s["heldout_first"] else ""
+        table.add_row("held-out loss", f"[bold]{number(s['heldout_loss'])}[/]{first}")
+        table.add_row("training loss", number(s["train_loss"]))
+        table.add_row("speed", f"{number(s['tokens_per_second'], 0)} tokens/s")
+        table.add_row(
+            "bytes per token",
+            f"{number(s['bytes_per_token'], 0)} (uncompressed: {number(s['dense_bytes_per_token'], 0)}{factor})",
+        )
+        peers = ", ".join(f"{p['name']} s{p['stage']}" if p["stage"] is not None else p["name"] for p in s["peers"])
+        table.add_row("peers", Text(f"{len(s['peers'])}: {peers}"))
+        table.add_row("rounds", str(s["round"]))
+        table.add_row("dashboard", self.page)
+        return Group(table)
+
+    def summary(self, before: str | None, after: str, model: Path) -> None:
+        s = self.state or {}
+        self.say("")
+        self.say(
+            f"Held-out loss {number(s.get('heldout_first'))} -> {number(s.get('heldout_loss'))}"
+            f" after {s.get('tokens', 0):,} tokens in {s.get('round', 0)} rounds,"
+            f" {number(s.get('bytes_per_token'), 0)} bytes per token"
+            f" (uncompressed: {number(s.get('dense_bytes_per_token'), 0)})."
+        )
+        if before:
+            self.say(f"Before: {before}")
+        self.say(f"After:  {after}")
+        self.say("")
+        self.say(f"The model: {model}")
+        self.say(f'  from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained("{model}")')
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"

@@ -1,0 +1,86 @@
+"""The house rules that a machine can check: imports, generated code, what is packaged, file sizes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "protocol": {"protocol"},
+    "compression": {"compression"},
+    "coordinator": {"coordinator", "protocol"},
+    "worker": {"worker", "protocol", "compression"},
+}
+NO_TORCH = ("protocol", "coordinator")
+
+
+def sources(package: str) -> list[Path]:
+    return [p for p in sorted((ROOT / package).glob("*.py")) if not p.name.endswith("_pb2.py")]
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all imports, relative ones resolved below ``potluck``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ["potluck", path.parent.name][: 3 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_what_the_layout_allows(package):
+    for path in sources(package):
+        for name in imports(path):
+            if name.startswith("potluck."):
+                other = name.split(".")[1]
+                assert other in PACKAGES[package] | {"__version__"}, f"{path.name} imports {name}"
+            if package in NO_TORCH:
+                assert name.split(".")[0] not in ("torch", "transformers", "safetensors"), f"{path.name} imports {name}"
+
+
+def test_compression_is_no_regular_package():
+    """A ``compression/__init__.py`` on the path would hide Python 3.14's standard package."""
+    assert not (ROOT / "compression" / "__init__.py").exists()
+
+
+def test_generated_code_is_current():
+    from potluck.protocol.generate import HERE, generate
+
+    for name, text in generate().items():
+        assert (HERE / name).read_text() == text, f"run: python -m potluck.protocol.generate ({name})"
+
+
+def test_files_are_short():
+    tracked = subprocess.run(["git", "ls-files", "*.py", "*.js"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in tracked.stdout.split():
+        if not name.endswith("_pb2.py"):
+            assert len((ROOT / name).read_text().splitlines()) <= 400, name
+
+
+def test_a_coordinator_starts_without_torch():
+    """Everything a coordinator imports, in a process where torch and transformers cannot be imported."""
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'safetensors', 'datasets'): sys.modules[name] = None\n"
+        "import potluck.cli, potluck.coordinator.service, potluck.demo\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_wheel_holds_every_module(tmp_path):
+    """Packages are listed by name in pyproject.toml: none may be forgotten."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(project["tool"]["setuptools"]["packages"]) == {"potluck", *(f"potluck.{p}" for p in PACKAGES)}
+    kinds = {p.suffix for p in (ROOT / "coordinator" / "web").iterdir()}
+    assert kinds <= {".html", ".css", ".js", ".svg"}
