@@ -23,6 +23,7 @@ import pytest
 from potluck.protocol.config import convert, dump
 
 POLL_SECONDS = 0.1
+NICE = ("nice", "-n", "19")
 TINY: dict[str, Any] = {
     "name": "tiny",
     "model": {"d_model": 32, "layers": 2, "heads": 2, "rotary_dim": 8, "seq_len": 16},
@@ -89,11 +90,11 @@ class Network:
         raw = {**TINY, "steps": steps, "data": {**TINY["data"], "source": str(self._text)}}
         (self.folder / "run.yaml").write_text(dump(convert(raw)), encoding="utf-8")
 
-    def start(self, name: str, *arguments: str | Path) -> Process:
+    def start(self, name: str, *arguments: str | Path, gentle: bool = False) -> Process:
         log = self.folder / f"{name}.log"
         with log.open("ab") as file:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "potluck", *map(str, arguments)],
+                [*(NICE if gentle else ()), sys.executable, "-m", "potluck", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -115,10 +116,10 @@ class Network:
         self._ticket, self.page = data["ticket"], data["page"]
         return process
 
-    def worker(self, name: str) -> Process:
-        """Joining; the same name is the same peer."""
+    def worker(self, name: str, *, gentle: bool = False) -> Process:
+        """Joining; the same name is the same peer. A gentle one leaves the cores to the others."""
         options = ["--name", name, "--data-dir", self.folder / name, "--threads", "1"]
-        return self.start(name, "worker", "join", self._ticket, *options)
+        return self.start(name, "worker", "join", self._ticket, *options, gentle=gentle)
 
     def state(self) -> State | None:
         return fetch(self.page)

@@ -1,0 +1,378 @@
+"""Coordinator, network and disks of a simulated run, from one seed; what its workers do is in simulated_crew."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from potluck.coordinator.run import step, view_of
+from potluck.coordinator.service import open_run, rules_of
+from potluck.coordinator.state import (
+    Commit,
+    Dismiss,
+    Gone,
+    Input,
+    Joined,
+    Mark,
+    Member,
+    Rules,
+    RunState,
+    Said,
+    StopAsked,
+    Tick,
+    Uncommit,
+)
+from potluck.coordinator.store import Store
+from potluck.protocol import control_pb2 as pb
+from potluck.protocol.config import (
+    CheckpointConfig,
+    CoordinatorConfig,
+    EvalConfig,
+    ModelConfig,
+    PipelineConfig,
+    RunConfig,
+    SyncConfig,
+)
+from potluck.protocol.manifest import Manifest
+from potluck.protocol.plan import Plan, SavePoint
+from potluck.worker.plan import Local, View
+
+SEEDS = 150
+FAULTY_EVENTS = 500
+CALM_EVENTS = 6000
+Content = tuple[Any, ...]  # of a reference: () at the run's beginning, then (what it was made from, generation, step)
+MANIFEST = Manifest(
+    source="test",
+    tokens_sha256="0" * 64,
+    n_tokens=8 * (10**5 + 100) + 2,
+    dtype="uint16",
+    vocab_size=300,
+    seq_len=8,
+    n_train=10**5,
+    n_heldout=100,
+    tokenizer_sha256="0" * 64,
+    eos_id=0,
+    license="unknown",
+)
+
+
+def digest_of(stage: int, content: Content) -> bytes:
+    return hashlib.blake2b(repr((stage, content)).encode(), digest_size=8).digest() if content else b""
+
+
+def a_config(rng: random.Random) -> RunConfig:
+    sync = rng.choice([{"every": 1}, {"every": 2}, {"every": 5}, {"coin": 0.4}])
+    return RunConfig(
+        seed=rng.randrange(1000),
+        steps=rng.randint(6, 16),
+        model=ModelConfig(d_model=8, layers=4, heads=1, rotary_dim=2, seq_len=8),
+        pipeline=PipelineConfig(stages=rng.choice([1, 2, 2, 3]), microbatches=2, microbatch_size=1),
+        sync=SyncConfig(preset="potluck", **sync),  # type: ignore[arg-type]
+        eval=EvalConfig(every=5),
+        checkpoint=CheckpointConfig(publish_rounds=rng.choice([1, 3, 50])),
+        coordinator=CoordinatorConfig(wait_for=rng.choice([0, 3]), lease_seconds=60.0, patience_seconds=5.0),
+    )
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+def hold(condition: object, what: str) -> None:
+    if not condition:
+        raise Broken(what)
+
+
+@dataclass
+class Worker:
+    """What a volunteer's machine is: a disk that outlives the process, and a process that does not."""
+
+    peer: str
+    speed: float
+    disk: dict[SavePoint, tuple[Content, int]] = field(default_factory=dict)  # to its reference and pending samples
+    alive: bool = False
+    connected: bool = False
+    leaving: bool = False
+    session: bytes = b""
+    memory: dict[SavePoint, tuple[Content, int]] = field(default_factory=dict)
+    local: Local = field(default_factory=lambda: Local(peer=""))
+    view: View = field(default_factory=View)
+    news: View | None = None  # sent, not yet read
+    unacked: list[pb.Up] = field(default_factory=list)
+    sent: int = 0
+    seq: int = 0
+    content: Content = ()
+    since: int = 0
+    pending: int | None = None  # the step at which a round was captured that is not exchanged yet
+    counted: int = 0  # its samples
+
+    @property
+    def states(self) -> dict[SavePoint, tuple[Content, int]]:
+        return {**self.disk, **(self.memory if self.alive else {})}
+
+    def report(self, **body: Any) -> None:
+        self.seq += 1
+        self.unacked.append(pb.Up(seq=self.seq, **body))
+
+    def start(self, session: bytes) -> None:
+        self.alive, self.connected, self.leaving, self.session = True, False, False, session
+        self.memory, self.local, self.view, self.news = {}, Local(peer=self.peer), View(), None
+        self.unacked, self.sent, self.seq, self.pending = [], 0, 0, None
+
+    def find(self, kind: str, generation: int, at: int, layers: tuple[int, int]) -> tuple[Content, int] | None:
+        for point, state in self.states.items():
+            if (point.kind, point.generation, point.step) == (kind, generation, at) and layers == (
+                point.first_layer,
+                point.last_layer,
+            ):
+                return state
+        return None
+
+
+class World:
+    """A coordinator, its workers, the lines between them, and chance."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.rng = random.Random(seed)
+        self.config = a_config(self.rng)
+        self.rules: Rules = replace(rules_of(self.config, MANIFEST), silence_seconds=6.0, settle_seconds=0.3)
+        self.now = 1000.0
+        self.store = Store(folder / "run.sqlite")
+        self.store._db.execute("PRAGMA synchronous=OFF")
+        self.state = RunState()
+        self.acked: dict[bytes, int] = {}
+        self.uploads: dict[int, set[int]] = {}
+        self.captured: dict[tuple[int, int, int], set[str]] = {}
+        self.generation = 0
+        self.wiped = False
+        self.faulty = True
+        self.open()
+        count = max(len(self.rules.layers), self.rules.wait_for) + self.rng.randint(0, 2)
+        self.workers = {f"p{i}": Worker(f"p{i}", self.rng.choice([0.5, 1.0, 2.0])) for i in range(count)}
+
+    # The coordinator's shell.
+
+    def open(self) -> None:
+        """A coordinator starts on what is on the disk: every line is new."""
+        self.state = replace(open_run(self.store, self.config, MANIFEST)[2], since=self.now)
+        self.acked, self.uploads = {}, {}
+        for worker in getattr(self, "workers", {}).values():
+            worker.connected, worker.news = False, None
+
+    def feed(self, what: Input, worker: Worker | None = None, seq: int = 0) -> None:
+        state, commands = step(self.rules, self.state, what, self.now)
+        crash = self.rng.random() if self.faulty else 1.0
+        if crash < 0.003:
+            self.open()
+            return
+        before = self.state
+        self.store.write([c for c in commands if not isinstance(c, Dismiss)], self.now)
+        self.state = state
+        self.check(before, commands)
+        if crash < 0.006:
+            self.open()
+            return
+        if worker and seq:
+            self.acked[worker.session] = max(seq, self.acked.get(worker.session, 0))
+            if self.faulty and self.rng.random() < 0.03:  # the line breaks, and the acknowledgement is lost with it
+                worker.connected, worker.news = False, None
+            worker.unacked = [u for u in worker.unacked if u.seq > seq or not worker.connected]
+        for command in commands:
+            if isinstance(command, Dismiss):
+                for other in self.workers.values():
+                    if other.session == command.session and other.connected:
+                        other.connected = False
+        for other in self.workers.values():
+            member = state.members.get(other.peer)
+            if other.connected and member and member.session == other.session:
+                other.news = unpacked(view_of(self.rules, state, other.peer))
+
+    # What must hold whatever happens.
+
+    def check(self, before: RunState, commands: list[Any]) -> None:
+        state = self.state
+        rows = self.store.rows(
+            "SELECT first, count, state, step FROM ledger WHERE state IN ('leased', 'committed') ORDER BY first, state"
+        )
+        end = committed = 0
+        for first, count, what, _ in rows:
+            hold(first == end, f"sample {first} is out twice, or samples from {end} are skipped")
+            end = first + count
+            if what == "committed":
+                hold(committed == first, "the committed samples are no prefix")
+                committed = end
+        hold(committed == state.committed.sample, f"{committed} samples committed, {state.committed.sample} claimed")
+        if state.plan and state.phase == "training":
+            hold(end == state.plan.first_sample_of(state.until), f"{end} samples leased, but steps to {state.until}")
+        if state.plan and state.plan is not before.plan:
+            hold(state.plan.generation > self.generation, "a generation is used twice")
+            self.generation = state.plan.generation
+            self.check_plan(state.plan)
+        for command in commands:
+            if isinstance(command, Commit):
+                assert before.plan
+                for stage, digest in enumerate(command.mark.digests):
+                    seats = [self.workers[r.peer] for r in before.plan.stages[stage].replicas]
+                    here = [w for w in seats if w.alive and w.local.generation == command.mark.generation]
+                    known = [self.prefix(w, stage, digest, command.mark) for w in here]
+                    hold(all(known), f"a replica of stage {stage} does not hold what is committed")
+            if isinstance(command, Uncommit):
+                held = [self.present_holders(i, before.committed) for i in range(len(self.rules.layers))]
+                hold(not all(held), f"a committed round is dropped though {held} hold it")
+
+    def prefix(self, worker: Worker, stage: int, digest: bytes, mark: Mark) -> bool:
+        """Whether a worker holds this committed state, made without a gap from the run's beginning."""
+        found = worker.states.get(mark.savepoint(stage, self.rules.layers[stage]))
+        if found is None or digest_of(stage, found[0]) != digest:
+            return False
+        content = found[0]
+        while content:
+            if content[0] == "rotten":
+                return False
+            content = content[0]
+        return True
+
+    def present_holders(self, stage: int, mark: Mark) -> list[str]:
+        point = mark.savepoint(stage, self.rules.layers[stage])
+        members = self.state.members
+        return [
+            p
+            for p, w in self.workers.items()
+            if w.alive and p in members and members[p].session == w.session and point in w.states
+        ]
+
+    def check_plan(self, plan: Plan) -> None:
+        hold(sorted(plan.places) == sorted(p for s in plan.stages for p in (r.peer for r in s.replicas)), "two seats")
+        for stage in plan.stages:
+            if plan.origin == "init":
+                continue
+            hold(stage.donors, "a stage without donors")
+            for donor in stage.donors:
+                worker, member = self.workers[donor.peer], self.state.members[donor.peer]
+                layers = (stage.first_layer, stage.last_layer)
+                if worker.alive and worker.session == member.session:
+                    found = worker.find(plan.origin, plan.origin_generation, plan.first_step, layers)
+                    hold(found is not None, f"{donor.peer} is a donor of what it does not hold")
+
+    # What happens.
+
+    def happen(self) -> None:
+        """One event."""
+        self.now += self.rng.expovariate(20.0)
+        if self.state.phase == "stopped":
+            self.open()
+        kinds: list[tuple[float, Callable[[Worker], None]]] = [
+            (6, self.act),
+            (5, self.deliver),
+            (3, self.read),
+            (1, self.connect),
+            (0.5, lambda _: self.tick()),
+        ]
+        if self.faulty:
+            kinds += [
+                (0.1, self.kill),
+                (0.1, self.leave),
+                (0.08, self.break_line),
+                (0.1, self.rot),
+                (0.06, lambda _: self.feed(StopAsked())),
+                (0.15, self.wipe),
+            ]
+        worker = self.rng.choice(list(self.workers.values()))
+        self.rng.choices([k for _, k in kinds], [w for w, _ in kinds])[0](worker)
+
+    def tick(self) -> None:
+        for worker in list(self.workers.values()):
+            if worker.connected and worker.alive and (self.rng.random() < 0.9 or not self.faulty):
+                self.feed(Said(peer=worker.peer, report=pb.Up(heartbeat=pb.Heartbeat(state="training"))))
+        self.feed(Tick())
+
+    def connect(self, worker: Worker) -> None:
+        if not worker.alive:
+            if self.faulty and self.rng.random() < 0.6:
+                return
+            worker.start(self.rng.randbytes(8))
+        if worker.connected:
+            return
+        worker.connected, worker.sent = True, 0
+        acked = self.acked.get(worker.session, 0)
+        worker.unacked = [u for u in worker.unacked if u.seq > acked]
+        self.feed(
+            Joined(
+                member=Member(
+                    peer=worker.peer,
+                    name=worker.peer,
+                    speed=worker.speed,
+                    session=worker.session,
+                    savepoints=frozenset(worker.states),
+                )
+            )
+        )
+
+    def deliver(self, worker: Worker) -> None:
+        """The next report arrives; now and then one that was there already arrives again."""
+        waiting = [u for u in worker.unacked if u.seq > worker.sent]
+        if not (worker.alive and worker.connected):
+            return
+        if self.faulty and worker.unacked and self.rng.random() < 0.1:
+            waiting = worker.unacked[:1]
+            self.feed(Said(peer=worker.peer, report=waiting[0]))  # it was queued twice
+        if waiting and worker.connected:
+            worker.sent = max(worker.sent, waiting[0].seq)
+            if waiting[0].seq > self.acked.get(worker.session, 0):
+                self.feed(Said(peer=worker.peer, report=waiting[0]), worker, waiting[0].seq)
+
+    def read(self, worker: Worker) -> None:
+        if worker.alive and worker.news is not None:
+            worker.view, worker.news = worker.news, None
+
+    def kill(self, worker: Worker) -> None:
+        if worker.alive:
+            self.end(worker)
+            if self.rng.random() < 0.7:  # else only its silence tells
+                self.feed(Gone(peer=worker.peer, session=worker.session))
+
+    def end(self, worker: Worker) -> None:
+        worker.alive = worker.connected = False
+        worker.memory, worker.news = {}, None
+
+    def wipe(self, worker: Worker) -> None:
+        """A machine that is off loses its disk."""
+        if not worker.alive and worker.disk:
+            worker.disk, self.wiped = {}, True
+
+    def leave(self, worker: Worker) -> None:
+        if worker.alive and not worker.leaving:
+            worker.leaving = True
+            worker.report(leaving=pb.Leaving())
+
+    def break_line(self, worker: Worker) -> None:
+        """The line breaks; the coordinator hears of it, or the same process dials again before that."""
+        if worker.connected:
+            worker.connected, worker.news = False, None
+            if self.rng.random() < 0.5:
+                self.feed(Gone(peer=worker.peer, session=worker.session))
+
+    def rot(self, worker: Worker) -> None:
+        """Memory goes bad: the reference is not what it was."""
+        if worker.content:
+            worker.content = ("rotten", self.rng.random())
+
+    # A worker's moves.
+
+
+def unpacked(message: pb.View) -> View:
+    return View(
+        phase=message.phase,
+        note=message.note,
+        plan=Plan.from_proto(message.plan) if message.HasField("plan") else None,
+        until=message.until,
+        end=message.end,
+        closing=message.closing,
+        committed=message.committed,
+        publish=message.publish if message.publishing else None,
+        released=message.released,
+    )
