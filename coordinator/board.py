@@ -20,6 +20,7 @@ COMPRESSED = (
     "gradient",
     "weights",
 )  # purposes with an uncompressed counterfactual of their own
+MOST_NBYTES = 2**62  # that the database holds, whatever a worker claims
 RATE_SECONDS = 20.0  # window of the shown speed
 
 
@@ -82,7 +83,8 @@ class Board:
                 totals: dict[tuple[str, str], tuple[int, int]] = {}
                 for t in said.report.heartbeat.traffic:
                     nbytes, dense = totals.get((t.purpose, t.direction), (0, 0))
-                    totals[t.purpose, t.direction] = (nbytes + t.nbytes, dense + t.dense_nbytes)
+                    sums = (min(nbytes + t.nbytes, MOST_NBYTES), min(dense + t.dense_nbytes, MOST_NBYTES))
+                    totals[t.purpose, t.direction] = sums
                 for (purpose, direction), total in totals.items():
                     key = (said.peer, session.hex(), purpose, direction)
                     if self._traffic.get(key) != total:

@@ -155,6 +155,11 @@ class Turn(ABC):
     def fault(self, member: Member, message: pb.Fault) -> None:
         what = " ".join(message.text.split())[:FAULT_LENGTH]
         self.journal(ev.Faulted(peer=member.peer, name=member.name, what=what))
+        holder, plan = self.state.members.get(message.peer), self.state.plan
+        if self.state.phase == "preparing" and holder and plan:  # what the plan starts from is not there after all
+            origin = (plan.origin_generation, plan.first_step)
+            kept = frozenset(s for s in holder.savepoints if (s.generation, s.step) != origin)
+            self.member(replace(holder, savepoints=kept))
         self.abort(f"{member.name}: {what}")
 
     def uploaded(self, at: int, path: str) -> None:

@@ -56,7 +56,7 @@ class SavePoints:
                 leftover.unlink()
         except OSError as error:
             raise StateError(f"{folder}: {error}", hint="Choose a writable folder: --data-dir") from None
-        for path in folder.glob("*.safetensors"):
+        for path in sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns):
             with contextlib.suppress(StateError):
                 self._disk[_point_of(path)] = path
 
@@ -84,7 +84,7 @@ class SavePoints:
         return None
 
     def save(self, state: State) -> None:
-        """On disk, durably; of rounds only the newest ``KEPT_ROUNDS`` stay."""
+        """On disk, durably; of rounds the ``KEPT_ROUNDS`` written last stay."""
         with self._saving:  # a round is saved in the background; a stop may save the same one at the same time
             self._save(state)
 
@@ -103,11 +103,18 @@ class SavePoints:
             temporary.unlink(missing_ok=True)
             raise StateError(f"{path}: cannot be written ({error})", hint="Free some space on that disk.") from None
         with self._lock:
-            self._disk[point] = path
-            same = sorted((p for p in self._disk if p.kind == point.kind), key=lambda p: (p.step, p.generation))
+            self._disk.pop(point, None)
+            self._disk[point] = path  # last: the order in which they were written
+            same = [p for p in self._disk if p.kind == point.kind]
             keep = KEPT_ROUNDS if point.kind == "round" else 1
             for old in same[:-keep]:
                 self._disk.pop(old).unlink(missing_ok=True)
+
+    def drop_after(self, step: int) -> None:
+        """Lets go of what a generation that went back to ``step`` had done beyond it."""
+        with self._lock:
+            for point in [p for p in self._memory if p.step > step]:
+                del self._memory[point]
 
     def forget(self, before: int, but: int | None) -> None:
         """Lets go of rounds in memory that are older than the last committed one (but not of step ``but``)."""

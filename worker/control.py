@@ -82,7 +82,7 @@ class Control:
         self._seq = 0
         self._unacked: deque[pb.Up] = deque()
         self._unsent, self._acked = asyncio.Event(), asyncio.Event()
-        self._closing = False
+        self._closing = self._leaving = False
         self._sent = 0  # seq of the newest report written to the stream in use
         self._token = b""
         self._channel: grpc.aio.Channel | None = None
@@ -118,6 +118,11 @@ class Control:
 
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(queue)
+
+    def leave(self) -> None:
+        """Asks to go; said again on every new connection until we are released."""
+        self._leaving = True
+        self.report(leaving=pb.Leaving())
 
     async def _run(self) -> None:
         tries = 0
@@ -174,6 +179,8 @@ class Control:
                         sender = asyncio.create_task(self._send(stream))
                     if not self.welcome.done():
                         self.welcome.set_result(message.welcome)
+                    elif self._leaving:
+                        self.report(leaving=pb.Leaving())
                 elif body == "refuse":
                     refuse = message.refuse
                     raise RefusedError(refuse.text, hint=refuse.hint, code=refuse.code)

@@ -213,11 +213,9 @@ class _Worker:
             await control.close()  # last: what the links cost to the end is in its last totals
 
     async def _ask_to_leave(self, leave: asyncio.Event, control: Control) -> None:
-        from ..protocol import control_pb2 as pb
-
         await leave.wait()
         self.say("leaving: finishing the step and handing over (Ctrl-C again to leave at once)")
-        control.report(leaving=pb.Leaving())
+        control.leave()
 
     def _tell(self, view: View) -> None:
         plan = view.plan

@@ -36,6 +36,14 @@ log = logging.getLogger(__name__)
 STATE_FACTOR = 6  # fp32 vectors in a state, at most
 
 
+class MissingError(Exception):
+    """A state that a plan starts from is not where the coordinator believes: with ``holder``."""
+
+    def __init__(self, message: str, holder: str) -> None:
+        super().__init__(message)
+        self.holder = holder
+
+
 class Headquarters(Protocol):
     """The coordinator, as the computing thread sees it."""
 
@@ -116,13 +124,14 @@ class Engine:
         self._pending: Future[Outcome] | None = None
         self._since = 0  # samples since the last capture
         self._captured = 0
-        self._count = 0  # rounds applied
+        self._count = 0  # committed rounds seen
+        self._committed = 0
 
     def run(self) -> None:
         try:
             while not self.views.closed:
                 view, version = self.views.newest
-                self.points.forget(view.committed, view.publish)
+                self._note_committed(view)
                 action = next_action(view, self.local, self.config.run)
                 if action is None:
                     self.hq.state = "waiting" if not self.local.seated else self.hq.state
@@ -153,6 +162,8 @@ class Engine:
             case rules.TakeSeat(plan=plan):
                 self._take_seat(plan)
             case rules.Evaluate(position=position):
+                if view.closing and position == view.end:  # no step follows that a round on its way could wait for
+                    self._finish_pending(late=self.local.step > self._captured)
                 self._evaluate(position)
             case rules.Train(step=step):
                 self._train(step, view)
@@ -170,13 +181,20 @@ class Engine:
     def _take_seat(self, plan: Plan) -> None:
         self.hq.state = "loading"
         self._drop_pending()
+        self.points.drop_after(plan.first_step)
         peer = self.config.peer
         if peer not in plan.places:
             self.local = replace(self.local, generation=plan.generation, seated=False)
             return
         number, replica = plan.places[peer]
         layers = (plan.stages[number].first_layer, plan.stages[number].last_layer)
-        state = self._origin(plan, number, layers)
+        try:
+            state = self._origin(plan, number, layers)
+        except MissingError as error:
+            log.warning("%s", error)
+            self.local = replace(self.local, generation=plan.generation, seated=False)
+            self.hq.report(fault=pb.Fault(generation=plan.generation, text=str(error), peer=error.holder))
+            return
         if self.stage is None or (self.stage.first, self.stage.last) != layers:
             self.stage = self._build(layers)
         if state is None:
@@ -209,32 +227,25 @@ class Engine:
         if kind == "init":
             return None
         donors = [d.peer for d in plan.stages[number].donors]
-        if self.config.peer in donors:
+        peer = self.config.peer
+        if peer in donors:
             state = self.points.find(kind, generation, step, layers)
-            if state is not None:
-                return state
-            log.warning("our own state of step %d is damaged or gone: fetching it", step)
-        if kind == "round":
-            point = SavePoint(
-                kind="round", generation=generation, step=step, first_layer=layers[0], last_layer=layers[1]
-            )
-            size = sum(p.numel() for p in self._build(layers).module.parameters())
-            for donor in (d for d in donors if d != self.config.peer):
-                try:
-                    data = fetch_state(
-                        self.links,
-                        self.config.run_name,
-                        plan.generation,
-                        number,
-                        step,
-                        donor,
-                        STATE_FACTOR * 4 * size + (1 << 20),
-                    )
-                    if data is not None:
-                        return from_bytes(data, point, size)
-                except WireError as error:
-                    log.warning("%s", error)
-        raise StateError(f"nobody has the state of step {step} for our stage")
+            if state is None:
+                raise MissingError(f"our own state of step {step} is damaged or gone", peer)
+            return state
+        point = SavePoint(kind="round", generation=generation, step=step, first_layer=layers[0], last_layer=layers[1])
+        size = self._build(layers).size
+        most = STATE_FACTOR * 4 * size + (1 << 20)
+        for donor in donors:
+            try:
+                data = fetch_state(self.links, self.config.run_name, plan.generation, number, step, donor, most)
+                if data is not None:
+                    return from_bytes(data, point, size)
+                problem = "does not hold it"
+            except WireError as error:
+                problem = str(error)
+            log.warning("the state of step %d from %s: %s", step, donor[:8], problem)
+        raise MissingError(f"the state of step {step} cannot be had from {donors[0][:8]}: {problem}", donors[0])
 
     def _build(self, layers: tuple[int, int]) -> Stage:
         return Stage(self.config.run, self.config.manifest.vocab_size, *layers, device=self.config.device)
@@ -300,12 +311,24 @@ class Engine:
             outcome = self._pending.result()
             self._pending = None
             apply(self.stage, outcome, late=late)
-            self._rounds_done(outcome)
 
-    def _rounds_done(self, outcome: Outcome) -> None:
+    def _note_committed(self, view: View) -> None:
+        """Older rounds are let go; of the committed ones, one in ``save_rounds`` goes to disk."""
+        if view.committed == self._committed:
+            return
+        self._committed = view.committed
+        self.points.forget(view.committed, view.publish)
         self._count += 1
-        if self._count % self.config.run.checkpoint.save_rounds == 0:
-            self._rounds.submit(self._save_round, outcome.state)
+        if self._count % self.config.run.checkpoint.save_rounds == 0 and (state := self._committed_state(view)):
+            self._rounds.submit(self._save_round, state)
+
+    def _committed_state(self, view: View) -> State | None:
+        """The last committed round, as we hold it."""
+        if self.stage is None:
+            return None
+        layers = (self.stage.first, self.stage.last)
+        made = [p.generation for p in self.points.points() if p.kind == "round" and p.step == view.committed]
+        return self.points.find("round", max(made), view.committed, layers) if made else None
 
     def _save_round(self, state: State) -> None:
         try:
@@ -358,12 +381,8 @@ class Engine:
         self.hq.report(saved=pb.Saved(generation=self.local.generation, savepoint=point.to_proto()))
 
     def _save_committed(self, view: View) -> None:
-        rounds = [p for p in self.points.points() if p.kind == "round" and p.step == view.committed and p.digest]
-        if rounds:
-            newest = rounds[-1]
-            state = self.points.find("round", newest.generation, newest.step, (newest.first_layer, newest.last_layer))
-            if state is not None:
-                self.points.save(state)
+        if state := self._committed_state(view):
+            self.points.save(state)
 
     def _publish(self, step: int) -> None:
         assert self.stage and self._seat

@@ -84,6 +84,17 @@ def test_a_late_ready_tells_who_holds_a_lost_donors_stage() -> None:
     assert run.state.phase == "preparing" and run.donors[stage] == [heir]
 
 
+def test_a_donor_that_does_not_hold_the_state_after_all_is_not_named_again() -> None:
+    run = committed("a", "b", "c", "d")
+    run.do(Gone(peer="d"))
+    stage = next(i for i, peers in enumerate(run.donors) if len(peers) == 2)
+    liar, heir = run.donors[stage]
+    run.say(liar, fault=pb.Fault(generation=run.plan.generation, text="damaged", peer=liar))
+    assert run.state.phase == "preparing" and run.donors[stage] == [heir]
+    run.say(liar, fault=pb.Fault(generation=run.plan.generation, text="not there", peer=heir))
+    assert run.state.phase == "waiting" and f"nobody here holds stage {stage}" in run.state.note
+
+
 def test_when_the_last_holder_of_a_stage_leaves_the_run_waits_and_says_for_what() -> None:
     run = committed("a", "b")
     run.say("b", leaving=pb.Leaving())
