@@ -208,7 +208,9 @@ def worker() -> None:
     help="Key and saved state.  [default: your data folder]",
 )
 @click.option("--name", default="", help="Name shown to others.  [default: from the key]")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address other workers can dial; 0.0.0.0 for all.")
+@click.option(
+    "--host", default=None, help="Address other workers can dial.  [default: all, or loopback beside the coordinator]"
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port other workers dial.  [default: any]")
 @click.option(
     "--memory-gb",
@@ -224,7 +226,7 @@ def worker() -> None:
     show_default=True,
     help="Speed against an ordinary machine.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
+@click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu or cuda.")
 def worker_join(ticket: str, data_dir: Path | None, **options: Any) -> None:
     """Join the run of TICKET and work until it is finished.
 

@@ -165,7 +165,16 @@ class Crew:
         threads = max(1, (os.cpu_count() or 2) // self.workers)
         for i in range(1, self.workers + 1):
             name = f"worker-{i}"
-            options = ["--name", name, "--threads", str(threads), "--data-dir", str(self.folder / name)]
+            options = [
+                "--name",
+                name,
+                "--threads",
+                str(threads),
+                "--device",
+                "cpu",
+                "--data-dir",
+                str(self.folder / name),
+            ]
             self.members[name] = self._spawn(name, ["worker", "join", ticket, *options])
 
     def sample(self, model: Path) -> subprocess.Popen[bytes]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Protocol
 
 import safetensors.torch
-import torch
 
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
@@ -410,8 +409,3 @@ class Engine:
         self._drop_pending()
         if view.phase != "finished":
             self._save_committed(view)
-
-
-def use_threads(count: int) -> None:
-    """How many cores torch may use in this process."""
-    torch.set_num_threads(max(1, count))

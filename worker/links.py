@@ -22,6 +22,7 @@ from .mailbox import Address, Mailbox
 log = logging.getLogger(__name__)
 STATE_PART_NBYTES = 4 << 20
 RAW = "raw"
+MOST_EARLY = 64
 ADMISSION_SECONDS = 30.0  # for a peer to hear of the plan that we already know
 Lane = tuple[str, bool]  # peer, and whether it carries boundary tensors
 StateProvider = Callable[[Header], bytes | None]
@@ -43,6 +44,7 @@ class Links:
         self._outboxes: dict[Lane, asyncio.Queue[Frame]] = {}
         self._tasks: dict[Lane, asyncio.Task[None]] = {}
         self._readers: set[asyncio.Task[None]] = set()
+        self._early: list[tuple[str, Header]] = []  # asked for a state by a plan that has not reached us yet
 
     async def start(self, transport: Transport) -> list[str]:
         """Listens; returns the addresses to announce."""
@@ -71,6 +73,9 @@ class Links:
             self._tasks.pop(lane).cancel()
             self._outboxes.pop(lane, None)
         self.mailbox.fence(plan.generation)
+        early, self._early = self._early, []
+        for peer, request in early:
+            self._keep(asyncio.create_task(self._serve(peer, request)))
 
     # For the computing threads.
 
@@ -121,7 +126,9 @@ class Links:
                 await asyncio.sleep(0.1)
 
     def _accepted(self, channel: Channel) -> None:
-        task = asyncio.create_task(self._receive(channel))
+        self._keep(asyncio.create_task(self._receive(channel)))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
         self._readers.add(task)
         task.add_done_callback(self._readers.discard)
 
@@ -145,6 +152,10 @@ class Links:
 
     async def _serve(self, peer: str, request: Header) -> None:
         """Sends a newcomer the state it asks for, in parts; one empty part if it is not here."""
+        if self.plan is None or request.generation > self.plan.generation:
+            if len(self._early) < MOST_EARLY:
+                self._early.append((peer, request))
+            return
         data = await asyncio.to_thread(self.provide, request) or b""
         for frame in state_frames(request, data):
             self._enqueue(peer, frame)

@@ -1,0 +1,232 @@
+"""One worker in one run: the event loop's side (control stream, links) and the thread that computes, joined."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+
+from ..protocol import control_pb2 as pb
+from ..protocol.config import RunConfig
+from ..protocol.errors import PotluckError, RefusedError, StateError
+from ..protocol.frames import Header, Purpose
+from ..protocol.grpc_transport import GrpcTransport
+from ..protocol.identity import Identity
+from ..protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest
+from ..protocol.meter import Meter
+from ..protocol.pipe import ChannelConfig
+from ..protocol.plan import split_layers, stage_parameters
+from ..protocol.ticket import Ticket
+from ..protocol.tls import Certificate
+from ..protocol.transport import TransportConfig
+from .checkpoint import SavePoints, to_bytes
+from .control import Control
+from .daemon import Say, WorkerConfig
+from .engine import Engine, EngineConfig, Views
+from .links import Links, frame_check
+from .mailbox import Mailbox
+from .pipeline import boundary_check
+from .plan import View
+from .sync import codec_of
+
+log = logging.getLogger(__name__)
+GIVE_UP = timedelta(seconds=10)  # a path to a peer that stays broken for so long is a fault
+JOIN_SECONDS = 30.0  # for the computing thread to end
+
+
+class Session:
+    """Lives as long as the worker takes part."""
+
+    def __init__(self, ticket: Ticket, config: WorkerConfig, identity: Identity, meter: Meter, say: Say) -> None:
+        self.ticket, self.config, self.identity, self.meter, self.say = ticket, config, identity, meter, say
+        self.folder = config.data_dir / "runs" / ticket.run
+        self.run_name = hashlib.sha256(ticket.run.encode()).digest()[:8]
+        self.points, self.views, self.mailbox = SavePoints(self.folder), Views(), Mailbox()
+        self.links = Links(self.mailbox, self.provide, self.fault)
+        self.control = Control(ticket, identity, meter, self.points.points, self.follow)
+        self._checks: list[Callable[[Header], None]] = []
+        self._generation = -1
+        self._told = ""
+
+    async def run(self, leave: asyncio.Event) -> str:
+        """See :func:`.daemon.join`."""
+        channel = ChannelConfig(check=self.check, meter=self.meter, give_up=GIVE_UP)
+        transport = GrpcTransport(
+            self.identity,
+            Certificate.generate(),
+            TransportConfig(run=self.ticket.run, admit=self.links.admit, channel=channel),
+            host=self.config.host,
+            port=self.config.port,
+        )
+        thread: threading.Thread | None = None
+        computed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            addresses = await self.links.start(transport)
+            self.control.start(self.config.offer(addresses))
+            welcome = await self.control.welcome
+            engine = self.engine(welcome)
+            thread = threading.Thread(target=compute, args=(engine, computed), name="engine", daemon=True)
+            thread.start()
+            asking = asyncio.create_task(self.ask_to_leave(leave))
+            try:
+                await asyncio.wait({computed, self.control.ended}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                asking.cancel()
+            view, _ = self.views.newest
+            if computed.done():
+                computed.result()
+            elif not view.released:
+                error = self.control.ended.exception()
+                assert error is not None
+                if isinstance(error, RefusedError) and error.code in ("finished", "stopped"):
+                    return f"the run is {error.code}"
+                raise error
+            return farewell(view)
+        finally:
+            self.views.close()
+            self.mailbox.close()
+            if thread is not None:
+                await asyncio.to_thread(thread.join, JOIN_SECONDS)
+            await self.links.close()
+            await self.control.close()  # last: what the links cost to the end is in its last totals
+
+    def engine(self, welcome: pb.Welcome) -> Engine:
+        """The computing side, for the run that the coordinator describes."""
+        run = msgspec.json.decode(welcome.config, type=RunConfig)
+        manifest = Manifest.decode(welcome.manifest.encode(), "the coordinator's manifest")
+        shape = {"d_model": run.model.d_model, "vocab_size": manifest.vocab_size}
+        layers = split_layers(run.model.layers, run.pipeline.stages, **shape)
+        most = max(stage_parameters(a, b, run.model.layers, **shape) for a, b in layers)
+        boundary = boundary_check(run, manifest.vocab_size)
+        self._checks.append(frame_check(self.run_name, boundary, codec_of(run).nbytes, most))
+        self.say(f"joined run {run.name} as {self.config.name} ({self.identity.peer_id[:8]})")
+        config = EngineConfig(
+            run=run,
+            manifest=manifest,
+            run_name=self.run_name,
+            peer=self.identity.peer_id,
+            device=self.config.device,
+        )
+        coordinator = Coordinator(self.control, self.folder / "corpus", manifest)
+        return Engine(config, self.views, self.links, self.mailbox, self.points, coordinator)
+
+    # What the network calls.
+
+    def check(self, header: Header) -> None:
+        """Before a frame's payload is kept. Until the run is known, nobody is admitted."""
+        for check in self._checks:
+            check(header)
+
+    def provide(self, request: Header) -> bytes | None:
+        """The state of a stage that the current plan starts from, for a newcomer."""
+        plan = self.links.plan
+        if plan is None or request.stage >= len(plan.stages) or request.step != plan.first_step:
+            return None
+        stage = plan.stages[request.stage]
+        state = self.points.find("round", plan.origin_generation, request.step, (stage.first_layer, stage.last_layer))
+        return None if state is None else to_bytes(state.shared())
+
+    def fault(self, generation: int, peer: str, text: str) -> None:
+        log.warning("%s", text)
+        self.control.report(fault=pb.Fault(generation=generation, text=text, peer=peer))
+
+    def follow(self, view: View) -> None:
+        """A new view: the links first, so that nothing of an older generation comes in any more."""
+        if view.plan is not None and view.plan.generation != self._generation:
+            self._generation = view.plan.generation
+            self.links.follow(view.plan)
+        elif view.plan is None:
+            self.mailbox.fence(self._generation + 1)
+        self.views.put(view)
+        line = self.wording(view)
+        if line and line != self._told:
+            self._told = line
+            self.say(line)
+
+    def wording(self, view: View) -> str:
+        plan = view.plan
+        if view.phase == "preparing" and plan and (place := plan.places.get(self.identity.peer_id)):
+            stage = plan.stages[place[0]]
+            layers = f"layers {stage.first_layer}-{stage.last_layer - 1}"
+            return f"taking over stage {place[0]} ({layers}) from step {plan.first_step}"
+        return "training" if view.phase == "training" and not view.closing else view.note
+
+    async def ask_to_leave(self, leave: asyncio.Event) -> None:
+        await leave.wait()
+        self.say("leaving: finishing the step and handing over (Ctrl-C again to leave at once)")
+        self.control.leave()
+
+
+class Coordinator:
+    """The control stream, as the computing thread sees it: calls that block until the loop has done them."""
+
+    def __init__(self, control: Control, folder: Path, manifest: Manifest) -> None:
+        self._control, self._folder, self._manifest = control, folder, manifest
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def state(self) -> str:
+        return self._control.state
+
+    @state.setter
+    def state(self, value: str) -> None:
+        self._control.state = value
+
+    def report(self, **body: object) -> None:
+        self._control.report(**body)
+
+    def counterfactual(self, dense_nbytes: int) -> None:
+        self._control.meter.counterfactual(self._control.identity.peer_id, Purpose.WEIGHTS, dense_nbytes)
+
+    def corpus(self) -> Path:
+        tokens = self._folder / TOKENS_FILE
+        if not tokens.exists():
+            fetched = self._control.fetch(self._manifest.tokens_sha256, tokens)
+            asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
+        try:
+            (self._folder / MANIFEST_FILE).write_bytes(self._manifest.encode())
+        except OSError as error:
+            raise StateError(f"{self._folder}: {error}", hint="Free some space, or mend its rights.") from None
+        return self._folder
+
+    def publish(self, step: int, stage: int, data: bytes) -> None:
+        asyncio.run_coroutine_threadsafe(self._control.upload(step, stage, data), self._loop).result()
+
+
+def farewell(view: View) -> str:
+    """How it ended, in one line."""
+    if view.phase == "finished":
+        return "the run is finished; thank you"
+    if view.phase == "stopped":
+        return "the operator stopped the run; this worker's part is saved. Run the same command to go on"
+    return "left in good order; this worker's part is handed over or saved"
+
+
+def compute(engine: Engine, outcome: asyncio.Future[None]) -> None:
+    """The computing thread's whole life; its end, good or bad, goes to ``outcome``."""
+    loop = outcome.get_loop()
+    problem: BaseException | None = None
+    try:
+        engine.run()
+    except PotluckError as error:
+        problem = error
+    except BaseException as error:
+        log.exception("the computing thread failed")
+        problem = error
+
+    def settle() -> None:
+        if not outcome.done():
+            if problem is None:
+                outcome.set_result(None)
+            else:
+                outcome.set_exception(problem)
+
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(settle)
