@@ -156,6 +156,8 @@ async def _coordinator(config: Any, folder: Path, ready_file: Path | None) -> in
 
     def progress(what: str, share: float) -> None:
         nonlocal shown
+        if stop.is_set():  # what is prepared so far is prepared again, or reused if it is whole
+            raise PotluckError("stopped while the corpus was prepared", hint="The same command starts again.")
         if share >= 1.0 or share - shown >= 0.25 or share < shown:
             shown = share
             click.echo(f"{what}: {share:.0%}", err=True)
@@ -189,7 +191,10 @@ async def _coordinator(config: Any, folder: Path, ready_file: Path | None) -> in
         click.echo("Stopping: workers save their state (Ctrl-C again to stop at once).", err=True)
         stopping = asyncio.create_task(service.stop(up))
         await asyncio.wait({stopping, asyncio.create_task(again.wait())}, return_when=asyncio.FIRST_COMPLETED)
-        phase = stopping.result() if stopping.done() else "not stopped in order"
+        if not stopping.done():
+            click.echo("Stopped at once. The same command goes on from the last committed round.", err=True)
+            os._exit(130)
+        phase = "stopped" if stopping.result() == "stopped" else "not stopped in order: some worker did not answer"
         click.echo(f"The run is {phase}. The same command goes on.")
         return 0
 

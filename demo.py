@@ -59,7 +59,7 @@ def run_config(demo: DemoConfig) -> RunConfig:
         name="demo",
         steps=demo.steps or STEPS,
         model=ModelConfig(layers=max(4, demo.stages)),
-        data=DataConfig(source=demo.data),
+        data=DataConfig(source=source_of(demo.data)),
         pipeline=PipelineConfig(stages=demo.stages, microbatch_size=2, microbatches=4, recompute=False),
         optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, schedule="cosine"),
         sync=SyncConfig(preset=demo.preset),  # type: ignore[arg-type]
@@ -67,6 +67,11 @@ def run_config(demo: DemoConfig) -> RunConfig:
         checkpoint=CheckpointConfig(save_rounds=10, publish_rounds=1000),
         coordinator=CoordinatorConfig(wait_for=demo.workers, patience_seconds=30.0),
     )
+
+
+def source_of(data: str) -> str:
+    """A path as it is seen from anywhere; other sources as they are."""
+    return data if data == "builtin" or data.startswith("hf:") else str(Path(data).absolute())
 
 
 def run(demo: DemoConfig) -> int:
@@ -106,7 +111,7 @@ def prepare(demo: DemoConfig) -> tuple[Path, RunConfig]:
         return folder, load(path)
     if demo.workers < demo.stages:
         raise ConfigError(
-            f"{demo.workers} workers cannot hold {demo.stages} stages",
+            f"--workers {demo.workers} is too few for --stages {demo.stages}",
             hint=f"Each stage needs a worker: --workers {demo.stages}",
         )
     config = run_config(demo)

@@ -21,7 +21,13 @@ from .errors import ConfigError
 
 Count = Annotated[int, Meta(ge=1, le=10**12)]
 Share = Annotated[float, Meta(gt=0, le=1)]
-Codec = Annotated[str, Meta(pattern=r"^(fp32|fp16|bf16|int[248](:tile=(32|64|128))?)$")]
+Codec = Annotated[
+    str,
+    Meta(
+        pattern=r"^(fp32|fp16|bf16|int[248](:tile=(32|64|128))?)$",
+        description="must be fp32, fp16, bf16 or int2, int4, int8, with :tile=32, 64 or 128 if you like",
+    ),
+]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
@@ -160,7 +166,13 @@ class CoordinatorConfig(Section, frozen=True, kw_only=True):
 class RunConfig(Section, frozen=True, kw_only=True):
     """The whole of ``run.yaml``."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")] = "run"
+    name: Annotated[
+        str,
+        Meta(
+            pattern=r"^[a-z0-9][a-z0-9-]{0,62}$",
+            description="must be of lower-case letters, digits and -, 63 at most",
+        ),
+    ] = "run"
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 1
     steps: Count = 1000
     model: ModelConfig = ModelConfig()
@@ -225,17 +237,33 @@ def convert(raw: object, origin: str = "run.yaml") -> RunConfig:
         return msgspec.convert(raw, RunConfig)
     except msgspec.ValidationError as error:
         text = str(error)
-        cause = error.__cause__
-        if isinstance(cause, ConfigError):
-            raise cause from None
         match = re.search(r"^(.*?) - at `\$\.?(.*)`$", text)
         what, where = (match[1], match[2]) if match else (text, "")
+        what = _explained(where) or what
         raise ConfigError(f"{origin}: {where or 'the file'}: {what}", hint="Change that value.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}", hint=error.hint) from None
 
 
 def dump(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults written out."""
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
+
+
+def _explained(path: str) -> str:
+    """What the value at ``path`` must be, where its type says more than its name: choices and patterns."""
+    kind: Any = RunConfig
+    for key in path.split("."):
+        hints = typing.get_type_hints(kind, include_extras=True) if isinstance(kind, type) else {}
+        if key not in hints:
+            return ""
+        kind = hints[key]
+    for part in (kind, *typing.get_args(kind)):
+        if isinstance(part, Meta) and part.description:
+            return part.description
+        if typing.get_origin(part) is Literal:
+            return "must be one of " + ", ".join(map(str, typing.get_args(part)))
+    return ""
 
 
 def _check_keys(raw: object, kind: Any, origin: str, path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import hashlib
+import os
 import re
 import ssl
 from collections.abc import Sequence
@@ -143,7 +144,7 @@ async def fetch_certificate(host: str, port: int, timeout: datetime.timedelta) -
         ) from None
     except OSError as error:
         raise UnreachableError(
-            f"nobody listens at {address} ({error.strerror or 'the connection broke'})",
+            f"nobody listens at {address} ({os.strerror(error.errno) if error.errno else 'the connection broke'})",
             hint="check that it is running and that the address is right",
         ) from None
     if not der:
@@ -199,7 +200,7 @@ async def start_server(
         await server.stop(None)
         raise UnreachableError(
             f"cannot listen on {join_address(host, port)}: the port is taken or not allowed",
-            hint="choose another port, or 0 for any free one",
+            hint="choose another --port (0 takes any free one), or check --host",
             code="port",
         )
     await server.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import random
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -61,8 +63,14 @@ def view_from(message: pb.View) -> View:
     )
 
 
+def essence(welcome: pb.Welcome) -> dict[str, Any]:
+    """What a worker does its work by: the run's settings without the coordinator's own."""
+    settings: dict[str, Any] = json.loads(welcome.config)
+    return {**settings, "coordinator": None}
+
+
 class Control:
-    """``welcomed`` is set after the first welcome; ``ended`` gets the error that cannot be mended by dialling again."""
+    """``welcome`` has the first welcome; ``ended`` gets the error that cannot be mended by dialling again."""
 
     def __init__(
         self,
@@ -179,6 +187,12 @@ class Control:
                         sender = asyncio.create_task(self._send(stream))
                     if not self.welcome.done():
                         self.welcome.set_result(message.welcome)
+                    elif essence(message.welcome) != essence(self.welcome.result()):
+                        raise RefusedError(
+                            "the operator has changed the run's settings",
+                            hint="Run the same command again.",
+                            code="changed",
+                        )
                     elif self._leaving:
                         self.report(leaving=pb.Leaving())
                 elif body == "refuse":

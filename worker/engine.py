@@ -6,19 +6,14 @@ Rounds run beside it on a thread of their own, unless they must be applied at on
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
+from dataclasses import replace
 
 import safetensors.torch
 
 from ..protocol import control_pb2 as pb
-from ..protocol.config import RunConfig
 from ..protocol.errors import PotluckError, StateError, WireError
-from ..protocol.manifest import Manifest
 from ..protocol.plan import Plan, SavePoint
 from ..protocol.schedule import is_round
 from . import plan as rules
@@ -26,6 +21,7 @@ from .checkpoint import SavePoints, from_bytes
 from .data import Dataset
 from .links import Links, fetch_state
 from .mailbox import Fenced, Mailbox
+from .outside import EngineConfig, Headquarters, MissingError, Views
 from .pipeline import Pipeline, Seat
 from .plan import Local, View, next_action
 from .stage import Stage, State, digest
@@ -33,69 +29,6 @@ from .sync import Outcome, Synchronizer, apply
 
 log = logging.getLogger(__name__)
 STATE_FACTOR = 6  # fp32 vectors in a state, at most
-
-
-class MissingError(Exception):
-    """A state that a plan starts from is not where the coordinator believes: with ``holder``."""
-
-    def __init__(self, message: str, holder: str) -> None:
-        super().__init__(message)
-        self.holder = holder
-
-
-class Headquarters(Protocol):
-    """The coordinator, as the computing thread sees it."""
-
-    state: str
-
-    def report(self, **body: object) -> None: ...
-
-    def counterfactual(self, dense_nbytes: int) -> None:
-        """Books what averaging in fp16 would have sent after a step: a ring's 2 (R - 1) / R of the stage."""
-
-    def corpus(self) -> Path:
-        """The folder of the run's corpus, fetched if need be. Blocks."""
-
-    def publish(self, step: int, stage: int, data: bytes) -> None:
-        """Uploads a stage of a published round. Blocks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    run: RunConfig
-    manifest: Manifest
-    run_name: bytes  # 8 bytes, in every frame
-    peer: str
-    device: str = "cpu"
-
-
-class Views:
-    """The newest view, handed from the event loop to the computing thread."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._view = View()
-        self._version = 0
-        self.closed = False
-
-    def put(self, view: View) -> None:
-        with self._changed:
-            self._view, self._version = view, self._version + 1
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
-
-    @property
-    def newest(self) -> tuple[View, int]:
-        with self._changed:
-            return self._view, self._version
-
-    def wait(self, seen: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self.closed or self._version != seen)
 
 
 class Engine:

@@ -18,7 +18,7 @@ from potluck.cli import main
 from potluck.protocol.config import convert, dump
 from potluck.protocol.errors import ConfigError
 from potluck.protocol.ticket import Ticket
-from potluck.worker.daemon import _prepare_torch
+from potluck.worker.daemon import prepare_torch
 
 # The command line itself.
 
@@ -64,9 +64,12 @@ BAD_RUNS = {
     "out of range": ("data: {vocab_size: 10}", "run.yaml: data.vocab_size: Expected `int` >= 300. "),
     "not a section": ("model: 3", "run.yaml: model must be a mapping of keys to values, not 3. "),
     "not a mapping": ("- steps", "run.yaml: the file must be a mapping of keys to values, not ['steps']. "),
-    "no such preset": ("sync: {preset: potlock}", "run.yaml: sync.preset: Invalid enum value 'potlock'. "),
+    "no such preset": (
+        "sync: {preset: potlock}",
+        "run.yaml: sync.preset: must be one of potluck, gptjt, cocktail, diloco, dense. ",
+    ),
     "not YAML": ("steps: 3\nmodel: {d_model: 3", "run.yaml, line 2: not YAML "),
-    "does not add up": ("pipeline: {stages: 9}", "pipeline.stages 9 exceeds model.layers 4. "),
+    "does not add up": ("pipeline: {stages: 9}", "run.yaml: pipeline.stages 9 exceeds model.layers 4. "),
     "no text": ("data: {source: nowhere.txt}", "cannot read nowhere.txt: No such file or directory. "),
 }
 
@@ -184,7 +187,7 @@ def test_a_demo_that_cannot_begin(cli: Any, tmp_path: Path) -> None:
     (foreign / "letter.txt").write_text("mine", encoding="utf-8")
     before = cli.tree(tmp_path)
     few = cli.potluck(tmp_path, "demo", "--workers", 1, "--stages", 2, "--keep", "new")
-    assert few.error == "1 workers cannot hold 2 stages. Each stage needs a worker: --workers 2"
+    assert few.error == "--workers 1 is too few for --stages 2. Each stage needs a worker: --workers 2"
     other = cli.potluck(tmp_path, "demo", "--keep", "foreign")
     assert other.error == f"{foreign} is not empty and not a demo's. Name another folder with --keep."
     nothing = cli.potluck(tmp_path, "demo", "--resume", "--keep", "foreign")
@@ -205,7 +208,7 @@ def test_a_device_that_is_not_there() -> None:
     import torch
 
     with pytest.raises(ConfigError, match="this machine cannot compute on 'abacus'") as caught:
-        _prepare_torch(torch.get_num_threads(), "abacus")
+        prepare_torch(torch.get_num_threads(), "abacus")
     assert caught.value.hint == "Use --device cpu, or cuda where torch finds a GPU."
 
 

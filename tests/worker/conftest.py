@@ -19,9 +19,10 @@ from potluck.protocol.manifest import Manifest
 from potluck.protocol.plan import Plan
 from potluck.worker.checkpoint import SavePoints, to_bytes
 from potluck.worker.control import view_from
-from potluck.worker.engine import Engine, EngineConfig, Views
+from potluck.worker.engine import Engine
 from potluck.worker.links import Links, state_frames
 from potluck.worker.mailbox import Address, Mailbox
+from potluck.worker.outside import EngineConfig, Views
 
 RUN_NAME = b"testrun1"
 WORDS = [
