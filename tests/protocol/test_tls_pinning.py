@@ -81,7 +81,7 @@ async def test_a_taken_port_is_an_error(server: tuple[str, Certificate]) -> None
     with pytest.raises(UnreachableError, match="cannot listen") as caught:
         await start_server("127.0.0.1", port, [HANDLER], certificate)
     assert caught.value.code == "port"
-    assert "0 for any free one" in caught.value.hint
+    assert "0 takes any free one" in caught.value.hint
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:0", "host:99999", "unix:/x:1", "a b:1", "h:x"])
