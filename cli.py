@@ -87,7 +87,7 @@ def demo(**options: Any) -> None:
     """
     from .demo import DemoConfig, run
 
-    sys.exit(run(DemoConfig(**options)))
+    sys.exit(run(DemoConfig(home=data_home() / "demo", **options)))
 
 
 @main.group(context_settings=CONTEXT)
@@ -246,10 +246,11 @@ def worker_join(ticket: str, data_dir: Path | None, **options: Any) -> None:
 
 async def _worker(ticket: Any, folder: Path, options: dict[str, Any]) -> int:
     from .worker import daemon
+    from .worker.offer import WorkerConfig
 
     leave = asyncio.Event()
     again = _on_interrupt(leave)
-    config = daemon.WorkerConfig(data_dir=folder, **options)
+    config = WorkerConfig(data_dir=folder, **options)
 
     def say(line: str) -> None:
         click.echo(f"{time.strftime('%H:%M:%S')} {line}")

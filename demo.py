@@ -43,6 +43,7 @@ PROMPT = "The "
 class DemoConfig:
     """What the command line says."""
 
+    home: Path  # where the run is kept if nothing else is said
     workers: int = 4
     stages: int = 2
     steps: int | None = None
@@ -101,9 +102,7 @@ def run(demo: DemoConfig) -> int:
 
 def prepare(demo: DemoConfig) -> tuple[Path, RunConfig]:
     """The run's folder and configuration: new, or those of the run to go on with."""
-    from .cli import data_home
-
-    folder = demo.keep.absolute() if demo.keep else data_home() / "demo"
+    folder = demo.keep.absolute() if demo.keep else demo.home
     marker, path = folder / MARKER, folder / "run.yaml"
     if demo.resume:
         if not (marker.exists() and path.exists()):

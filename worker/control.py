@@ -11,7 +11,6 @@ import os
 import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..protocol.meter import Meter
 from ..protocol.plan import Plan, SavePoint
 from ..protocol.ticket import Ticket
 from ..protocol.tls import dial_pinned
+from .offer import Offer
 from .plan import View
 
 log = logging.getLogger(__name__)
@@ -35,17 +35,6 @@ PIECE_NBYTES = 256 * 1024
 COORDINATOR = "coordinator"
 BACKOFF_SECONDS = (0.5, 15.0)
 CLOSE_SECONDS = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Offer:
-    """What this machine brings."""
-
-    name: str
-    device: str
-    memory_gb: float
-    speed: float
-    addresses: tuple[str, ...]
 
 
 def view_from(message: pb.View) -> View:

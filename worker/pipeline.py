@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compression.codec import Codec, CodecError, build
+from ..compression.codec import Codec, CodecError
+from ..compression.registry import build
 from ..protocol.config import RunConfig
 from ..protocol.errors import StateError, WireError
 from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame

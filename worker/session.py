@@ -28,10 +28,10 @@ from ..protocol.tls import Certificate
 from ..protocol.transport import TransportConfig
 from .checkpoint import SavePoints, to_bytes
 from .control import Control
-from .daemon import Say, WorkerConfig
 from .engine import Engine
 from .links import Links, frame_check
 from .mailbox import Mailbox
+from .offer import Say, WorkerConfig
 from .outside import EngineConfig, Views
 from .pipeline import boundary_check
 from .plan import View

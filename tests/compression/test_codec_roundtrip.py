@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from potluck.compression.codec import CodecError, Packed, build, pack, unpack
+from potluck.compression.codec import CodecError
+from potluck.compression.registry import Packed, build, pack, unpack
 
 SPECS = ["fp32", "fp16", "bf16", *(f"int{b}:tile={t}" for b in (2, 4, 8) for t in (32, 64, 128))]
 SHAPES = st.lists(st.integers(0, 5), max_size=3).flatmap(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from potluck.compression.codec import build
 from potluck.compression.mask import seeded_indices
+from potluck.compression.registry import build
 from potluck.compression.sync import SyncCodec
 
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from potluck.compression.codec import CodecError, build
+from potluck.compression.codec import CodecError
+from potluck.compression.registry import build
 from potluck.compression.tile import DIVISORS, pack_codes, packed_nbytes, unpack_codes
 
 # Relative squared error on N(0,1), tile 64; see the table in tile.py.

@@ -39,6 +39,7 @@ from potluck.protocol.config import (
 )
 from potluck.protocol.manifest import Manifest
 from potluck.protocol.plan import Plan, SavePoint
+from potluck.worker.control import view_from
 from potluck.worker.plan import Local, View
 
 SEEDS = 150
@@ -189,7 +190,7 @@ class World:
         for other in self.workers.values():
             member = state.members.get(other.peer)
             if other.connected and member and member.session == other.session:
-                other.news = unpacked(view_of(self.rules, state, other.peer))
+                other.news = view_from(view_of(self.rules, state, other.peer))
 
     # What must hold whatever happens.
 
@@ -362,17 +363,3 @@ class World:
             worker.content = ("rotten", self.rng.random())
 
     # A worker's moves.
-
-
-def unpacked(message: pb.View) -> View:
-    return View(
-        phase=message.phase,
-        note=message.note,
-        plan=Plan.from_proto(message.plan) if message.HasField("plan") else None,
-        until=message.until,
-        end=message.end,
-        closing=message.closing,
-        committed=message.committed,
-        publish=message.publish if message.publishing else None,
-        released=message.released,
-    )

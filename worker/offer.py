@@ -1,0 +1,69 @@
+"""What a volunteer decides about a machine, and what of it the coordinator is told."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from ..protocol.identity import Identity
+from ..protocol.ticket import Ticket
+from ..protocol.tls import split_address
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What this machine brings."""
+
+    name: str
+    device: str
+    memory_gb: float
+    speed: float
+    addresses: tuple[str, ...]
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """What a volunteer decides about this machine; what is left empty is decided by it."""
+
+    data_dir: Path
+    name: str = ""  # from the key
+    host: str = ""  # this machine alone if the coordinator runs on it, else all its addresses
+    port: int = 0
+    memory_gb: float = 0.0  # half of the machine's memory
+    threads: int = 0  # half of the cores
+    speed: float = 1.0
+    device: str = "auto"  # a GPU if torch finds one
+
+    def decided(self, ticket: Ticket, identity: Identity) -> WorkerConfig:
+        """Everything filled in but ``device``."""
+        return replace(
+            self,
+            name=self.name or f"worker-{identity.peer_id[:6]}",
+            host=self.host or ("127.0.0.1" if is_loopback(split_address(ticket.url)[0]) else "0.0.0.0"),
+            memory_gb=self.memory_gb or psutil.virtual_memory().total / 2e9,
+            threads=self.threads or max(1, (os.cpu_count() or 2) // 2),
+        )
+
+    def offer(self, addresses: list[str]) -> Offer:
+        return Offer(
+            name=self.name,
+            device=self.device,
+            memory_gb=self.memory_gb,
+            speed=self.speed,
+            addresses=tuple(addresses),
+        )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
