@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .protocol.errors import ConfigError, PotluckError
+from .protocol.errors import ConfigError, PotluckError, TicketError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 WORKER_PACKAGES = ("torch", "transformers", "safetensors")
@@ -172,6 +172,7 @@ async def _coordinator(config: Any, folder: Path, ready_file: Path | None) -> in
             data = json.dumps({"ticket": up.ticket, "page": up.page, "address": up.address})
             temporary = ready_file.with_suffix(".tmp")
             try:
+                temporary.touch(mode=0o600)
                 temporary.write_text(data, encoding="utf-8")
                 temporary.replace(ready_file)
             except OSError as error:
@@ -233,12 +234,19 @@ def worker() -> None:
 )
 @click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu or cuda.")
 def worker_join(ticket: str, data_dir: Path | None, **options: Any) -> None:
-    """Join the run of TICKET and work until it is finished.
+    """Join the run of TICKET (or @FILE that holds it) and work until it is finished.
 
     Ctrl-C finishes the step and hands over; a second Ctrl-C leaves at once.
     """
     from .protocol.ticket import Ticket
 
+    if ticket.startswith("@"):  # a secret that no list of processes shows
+        try:
+            ticket = Path(ticket[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TicketError(
+                f"{ticket[1:]}: cannot be read ({error})", hint="Name the file with the ticket."
+            ) from None
     decoded = Ticket.decode(ticket, time.time())
     options = {k: v for k, v in options.items() if v is not None}
     sys.exit(asyncio.run(_worker(decoded, data_dir or data_home() / "worker", options)))

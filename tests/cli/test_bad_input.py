@@ -128,10 +128,14 @@ def test_tickets_that_are_none(cli: Any, tmp_path: Path) -> None:
         "hello": "this is not a potluck ticket. A ticket starts with potluck1-",
         good[:-5]: "the ticket is damaged: a part is missing or mistyped. Copy the whole line again",
         old: "the ticket has expired. Ask the operator for a new ticket",
+        "@none": "none: cannot be read (No such file or directory). Name the ticket's file.",
     }
     for text, expected in wrong.items():
         assert cli.potluck(tmp_path, "worker", "join", text, "--data-dir", "data").error == expected
     assert cli.tree(tmp_path) == {}
+    (tmp_path / "old").write_text(old, encoding="utf-8")
+    assert cli.potluck(tmp_path, "worker", "join", "@old").error == wrong[old]
+    (tmp_path / "old").unlink()
     # Nobody listens there: a key is made, no more.
     assert cli.potluck(tmp_path, "worker", "join", good, "--data-dir", "data").error.startswith("nobody listens at ")
     assert set(cli.tree(tmp_path)) == {"data", "data/identity.pem", "data/identity.pem.lock"}
