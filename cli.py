@@ -244,9 +244,8 @@ def worker_join(ticket: str, data_dir: Path | None, **options: Any) -> None:
         try:
             ticket = Path(ticket[1:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise TicketError(
-                f"{ticket[1:]}: cannot be read ({error})", hint="Name the file with the ticket."
-            ) from None
+            what = getattr(error, "strerror", None) or "not text"
+            raise TicketError(f"{ticket[1:]}: cannot be read ({what})", hint="Name the ticket's file.") from None
     decoded = Ticket.decode(ticket, time.time())
     options = {k: v for k, v in options.items() if v is not None}
     sys.exit(asyncio.run(_worker(decoded, data_dir or data_home() / "worker", options)))
