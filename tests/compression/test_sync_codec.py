@@ -22,7 +22,7 @@ CODECS = st.builds(
 
 def values(n: int, seed: int, power: float = -6.0) -> torch.Tensor:
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (x * 10.0**power).clamp(-3.4e38, 3.4e38).float()
+    return (x * 10.0**power).clamp(-3.3e38, 3.3e38).float()  # scales saturate there
 
 
 @given(codec=CODECS, n=st.integers(0, 3000), seed=st.integers(0, 1 << 62), power=st.floats(-44, 38))
