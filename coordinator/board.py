@@ -11,6 +11,7 @@ from typing import Any
 
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
+from ..protocol.frames import Purpose
 from ..protocol.plan import stage_parameters
 from .state import Commit, Journal, Point, Rules, RunState, Said
 from .store import Store
@@ -20,6 +21,7 @@ COMPRESSED = (
     "gradient",
     "weights",
 )  # purposes with an uncompressed counterfactual of their own
+PURPOSES = frozenset(p.value for p in Purpose)
 MOST_NBYTES = 2**62  # that the database holds, whatever a worker claims
 RATE_SECONDS = 20.0  # window of the shown speed
 
@@ -82,6 +84,8 @@ class Board:
             elif body == "heartbeat":
                 totals: dict[tuple[str, str], tuple[int, int]] = {}
                 for t in said.report.heartbeat.traffic:
+                    if t.purpose not in PURPOSES or t.direction not in ("in", "out"):
+                        continue
                     nbytes, dense = totals.get((t.purpose, t.direction), (0, 0))
                     sums = (min(nbytes + t.nbytes, MOST_NBYTES), min(dense + t.dense_nbytes, MOST_NBYTES))
                     totals[t.purpose, t.direction] = sums

@@ -204,7 +204,7 @@ class Doors:
                     file.write(piece.data)
                     piece = await anext(aiter(pieces), None)
                 file.flush()
-                os.fsync(file.fileno())
+                await asyncio.to_thread(os.fsync, file.fileno())
             if size != first.nbytes or digest.digest() != first.sha256:
                 raise WireError("an upload that does not match its hash")
             await self.publisher.arrived(first.step, first.stage)

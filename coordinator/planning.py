@@ -119,7 +119,8 @@ def make_plan(rules: Rules, state: RunState, start: Start) -> Plan:
                 last_layer=last,
                 replicas=tuple(members[p].replica for p in peers),
                 donors=tuple(members[p].replica for p in donors),
+                digest=mark.digests[i] if mark.kind == "round" else b"",
             )
-            for (first, last), peers, donors in zip(rules.layers, start.seats, held, strict=True)
+            for i, ((first, last), peers, donors) in enumerate(zip(rules.layers, start.seats, held, strict=True))
         ),
     )

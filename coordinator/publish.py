@@ -6,7 +6,9 @@ is an index, a configuration and the tokenizer beside them.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 import os
 import shutil
 from collections.abc import Awaitable, Callable
@@ -77,6 +79,8 @@ class Publisher:
         self.folder, self.corpus, self.config, self.manifest = folder, corpus, config, manifest
         self.layers, self._done = layers, done
         self._arrived: dict[int, set[int]] = {}
+        for unfinished in folder.glob(".step-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def stage_nbytes(self, stage: int) -> int:
         """Most bytes that a stage's file may have: fp32 tensors and a header."""
@@ -104,17 +108,33 @@ class Publisher:
     async def arrived(self, step: int, stage: int) -> None:
         """A stage is complete on disk; with the last one the model is published."""
         part = self.part(step, stage)
-        read_header(part)
+        self._check(part, stage)
         part.replace(part.with_suffix(""))
         stages = self._arrived.setdefault(step, set())
         stages.add(stage)
         if len(stages) == len(self.layers):
             try:
-                target = self._assemble(step)
+                target = await asyncio.to_thread(self._assemble, step)
             except OSError as error:
                 raise StateError(f"{self.folder}: {error}", hint="Free some space or mend its rights.") from None
             del self._arrived[step]
             await self._done(step, target)
+
+    def _check(self, part: Path, stage: int) -> None:
+        """The file holds fp32 tensors, one after the other, as many numbers as the stage has parameters."""
+        header = read_header(part)
+        header.pop("__metadata__", None)
+        end = 0
+        try:
+            for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+                start, stop = entry["data_offsets"]
+                if entry["dtype"] != "F32" or start != end or stop - start != 4 * math.prod(entry["shape"]):
+                    raise ValueError
+                end = stop
+        except (TypeError, KeyError, ValueError):
+            raise WireError("an upload whose tensors are not plain fp32") from None
+        if end != self.stage_nbytes(stage) - HEADER_LIMIT:
+            raise WireError("an upload with other tensors than the stage's")
 
     def _assemble(self, step: int) -> Path:
         work, target = self._work(step), self.path(step)

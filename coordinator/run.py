@@ -208,6 +208,8 @@ class Machine(Turn):
                         expires=expires,
                     )
                 )
+        if self.state.closing and done == self.state.end:  # the closing itself has its time, too
+            leased[done] = self.state.leased_at.get(done, self.now + self.rules.lease_seconds)
         self.set(until=until, leased_at=leased)
         if until == self.rules.steps and self.state.end is None:
             self.set(end=until, closing="round")

@@ -218,7 +218,7 @@ def open_run(store: Store, config: RunConfig, manifest: Manifest) -> tuple[str, 
     rounds = store.rows("SELECT COALESCE(MAX(round), 0) FROM rounds")[0][0]
     evaluated = store.rows("SELECT COALESCE(MAX(step), -1) FROM points WHERE heldout IS NOT NULL")[0][0]
     committed = marks[0] if marks else Mark(kind="init", generation=0, step=0, sample=0)
-    published = sorted((store.path.parent / "checkpoints").glob("step-*"))
+    published = sorted((store.path.parent / "checkpoints").glob("step-" + "[0-9]" * 8))
     state = RunState(
         since=time.time(),
         generation=store.meta("generation", 0),

@@ -11,6 +11,8 @@ from ..protocol.plan import SavePoint
 from . import events as ev
 from .state import Command, Dismiss, Journal, Member, Point, Rules, RunState
 
+TRANSFER_LEASES = 30  # leases' time that taking over a stage, or publishing it, may take
+STATE_LENGTH = 20  # of the word a worker says of itself
 FAULT_LENGTH = 300  # of a peer's text, in the log and in everybody's note
 
 
@@ -78,7 +80,7 @@ class Turn(ABC):
         self.member(replace(member, last_seen=self.now))
         body = report.WhichOneof("body")
         if body == "heartbeat":
-            self.member(replace(self.state.members[peer], state=report.heartbeat.state or "training"))
+            self.member(replace(self.state.members[peer], state=report.heartbeat.state[:STATE_LENGTH] or "training"))
         elif body == "leaving":
             if not member.leaving:
                 self.journal(ev.PeerLeaving(peer=peer, name=member.name))
@@ -181,6 +183,9 @@ class Turn(ABC):
                     "Check the line; the worker dials again by itself.",
                 )
                 self.gone(member.peer, member.session)
+        slow = self.state.phase in ("preparing", "finishing")
+        if slow and self.now - self.state.since > TRANSFER_LEASES * self.rules.lease_seconds:
+            self.abort(f"{self.state.phase} took too long")
         if self.state.phase == "training":
             late = [s for s, expires in self.state.leased_at.items() if expires < self.now]
             if late:

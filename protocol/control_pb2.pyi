@@ -135,16 +135,18 @@ class Replica(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Stage(_message.Message):
-    __slots__ = ("first_layer", "last_layer", "replicas", "donors")
+    __slots__ = ("first_layer", "last_layer", "replicas", "donors", "digest")
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     DONORS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     first_layer: int
     last_layer: int
     replicas: _containers.RepeatedCompositeFieldContainer[Replica]
     donors: _containers.RepeatedCompositeFieldContainer[Replica]
-    def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., donors: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
+    digest: bytes
+    def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., donors: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("generation", "first_step", "first_sample", "origin", "origin_generation", "stages", "microbatches", "microbatch_size")

@@ -68,6 +68,7 @@ class StagePlan:
     last_layer: int
     replicas: tuple[Replica, ...]
     donors: tuple[Replica, ...] = ()
+    digest: bytes = b""  # of the starting reference weights, if they are a committed round's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,7 @@ class Plan:
                     last_layer=s.last_layer,
                     replicas=replicas(s.replicas),
                     donors=replicas(s.donors),
+                    digest=s.digest,
                 )
                 for s in self.stages
             ],
@@ -170,6 +172,7 @@ class Plan:
                     last_layer=s.last_layer,
                     replicas=replicas(s.replicas),
                     donors=replicas(s.donors),
+                    digest=bytes(s.digest),
                 )
                 for s in message.stages
             ),

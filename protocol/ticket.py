@@ -26,7 +26,7 @@ class Ticket(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, k
 
     url: Annotated[str, Meta(pattern=r"\A\S{1,255}:[0-9]{1,5}\Z")]
     fingerprint: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-    run: Annotated[str, Meta(min_length=1, max_length=128)]
+    run: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,127}\Z")]  # a folder is named after it
     secret: Annotated[str, Meta(min_length=1, max_length=128)]
     expires: Annotated[int, Meta(ge=0, le=2**53)]
 

@@ -142,6 +142,8 @@ async def fetch_certificate(host: str, port: int, timeout: datetime.timedelta) -
             f"no answer from {address} within {timeout.total_seconds():g} s",
             hint="check the address and the firewall on the way",
         ) from None
+    except UnicodeError:
+        raise UnreachableError(f"{address!r} is not an address", hint="write it as host:port", code="address") from None
     except OSError as error:
         raise UnreachableError(
             f"nobody listens at {address} ({os.strerror(error.errno) if error.errno else 'the connection broke'})",

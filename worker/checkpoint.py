@@ -14,6 +14,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -138,6 +139,7 @@ def _metadata(state: State) -> dict[str, str]:
         "digest": p.digest.hex(),
         "updates": str(state.updates),
         "pending": str(state.pending),
+        "owned": "" if state.owned is None else f"{state.owned[0]}:{state.owned[1]}",
     }
 
 
@@ -187,14 +189,21 @@ def _state(tensors: dict[str, Tensor], metadata: dict[str, str], wanted: SavePoi
     for name, vector in tensors.items():
         if name not in VECTORS or vector.dim() != 1 or (name != "feedback" and vector.numel() != size):
             raise ValueError(f"its {name} has another size")
+        if vector.dtype != torch.float32 or not torch.isfinite(vector).all():
+            raise ValueError(f"its {name} is not made of finite fp32 numbers")
+    updates, pending = int(metadata["updates"]), int(metadata["pending"])
+    if not (0 <= updates < 2**31 and 0 <= pending < 2**53):
+        raise ValueError("its counts are impossible")
+    start, _, end = metadata["owned"].partition(":")
     return State(
         point=point,
         g=tensors["g"],
         m=tensors["m"],
         v=tensors["v"],
-        updates=int(metadata["updates"]),
+        updates=updates,
         x=tensors.get("x"),
         momentum=tensors.get("momentum"),
         feedback=tensors.get("feedback"),
-        pending=int(metadata["pending"]),
+        owned=(int(start), int(end)) if end else None,
+        pending=pending,
     )

@@ -35,6 +35,7 @@ PIECE_NBYTES = 256 * 1024
 COORDINATOR = "coordinator"
 BACKOFF_SECONDS = (0.5, 15.0)
 CLOSE_SECONDS = 2.0
+STREAM_ERRORS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)  # what grpc raises when a call is over
 
 
 def view_from(message: pb.View) -> View:
@@ -50,6 +51,11 @@ def view_from(message: pb.View) -> View:
         publish=message.publish if message.publishing else None,
         released=message.released,
     )
+
+
+def reason(error: BaseException) -> str:
+    """Why a call broke, in a word."""
+    return error.code().name.lower() if isinstance(error, grpc.RpcError) else type(error).__name__
 
 
 def essence(welcome: pb.Welcome) -> dict[str, Any]:
@@ -88,6 +94,7 @@ class Control:
     def start(self, offer: Offer) -> None:
         self._offer = offer
         self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(self._ended_badly)
 
     async def close(self) -> None:
         """Ends the stream in order: first the reports that are not acknowledged yet, then the meter's last totals."""
@@ -142,6 +149,12 @@ class Control:
             low, high = BACKOFF_SECONDS
             await asyncio.sleep(random.uniform(0.5, 1.0) * min(high, low * 2 ** min(tries, 10)))
 
+    def _ended_badly(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            log.error("the control stream failed", exc_info=error)
+            self._end(error)
+
     def _end(self, error: Exception) -> None:
         if not self.welcome.done():
             self.welcome.set_exception(error)
@@ -195,8 +208,8 @@ class Control:
                 raise UnreachableError(
                     "the coordinator hung up without a word", hint="Look at its log, then join again."
                 )
-        except grpc.RpcError as error:
-            raise UnreachableError(f"the stream broke ({error.code().name.lower()})") from None
+        except STREAM_ERRORS as error:
+            raise UnreachableError(f"the stream broke ({reason(error)})") from None
         finally:
             if sender:
                 sender.cancel()
@@ -206,7 +219,7 @@ class Control:
     async def _send(self, stream: grpc.aio.StreamStreamCall) -> None:
         """Reports as they come, a heartbeat now and then and one at the very end."""
         beat = self._loop.time()
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+        with contextlib.suppress(*STREAM_ERRORS):
             while True:
                 self._unsent.clear()
                 for up in [u for u in self._unacked if u.seq > self._sent]:
@@ -293,9 +306,9 @@ class Control:
                     self.meter.record(COORDINATOR, "in", Purpose.DATA, len(piece.data))
                     file.write(piece.data)
                     digest.update(piece.data)
-        except grpc.RpcError as error:
+        except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
             raise UnreachableError(
-                f"the corpus did not arrive ({error.code().name.lower()})",
+                f"the corpus did not arrive ({reason(error)})",
                 hint="Join again: it goes on from there.",
             ) from None
         except OSError as error:
@@ -328,7 +341,7 @@ class Control:
         )
         try:
             result = await method(pieces())
-        except grpc.RpcError as error:
-            raise UnreachableError(f"the upload broke ({error.code().name.lower()})") from None
+        except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
+            raise UnreachableError(f"the upload broke ({reason(error)})") from None
         if not result.ok:
             raise UnreachableError(f"the upload was refused: {result.text}")

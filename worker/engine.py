@@ -28,6 +28,7 @@ from .stage import Stage, State, digest
 from .sync import Outcome, Synchronizer, apply
 
 log = logging.getLogger(__name__)
+PUBLISH_PAUSE_SECONDS = 0.5  # after an upload that failed
 STATE_FACTOR = 6  # fp32 vectors in a state, at most
 
 
@@ -94,7 +95,8 @@ class Engine:
             case rules.TakeSeat(plan=plan):
                 self._take_seat(plan)
             case rules.Evaluate(position=position):
-                if view.closing and position == view.end:  # no step follows that a round on its way could wait for
+                ends = position == self.config.run.steps or (view.closing and position == view.end)
+                if ends:  # no step follows that a round on its way could wait for
                     self._finish_pending(late=self.local.step > self._captured)
                 self._evaluate(position)
             case rules.Train(step=step):
@@ -140,7 +142,7 @@ class Engine:
             self._data = Dataset(self.hq.corpus())
         seat = self._seat = Seat(plan=plan, stage=number, replica=replica, run=self.config.run_name)
         self._pipeline = Pipeline(self.config.run, seat, self.stage, self._data, self.links)
-        self._synchronizer = Synchronizer(self.config.run, seat, self.stage, state.feedback, self.links)
+        self._synchronizer = Synchronizer(self.config.run, seat, self.stage, state, self.links)
         self._since = state.pending
         self._captured = plan.first_step if plan.origin != "step" else -1
         self.local = Local(
@@ -165,14 +167,21 @@ class Engine:
             if state is None:
                 raise MissingError(f"our own state of step {step} is damaged or gone", peer)
             return state
-        point = SavePoint(kind="round", generation=generation, step=step, first_layer=layers[0], last_layer=layers[1])
+        point = SavePoint(
+            kind="round",
+            generation=generation,
+            step=step,
+            first_layer=layers[0],
+            last_layer=layers[1],
+            digest=plan.stages[number].digest,
+        )
         size = self._build(layers).size
         most = STATE_FACTOR * 4 * size + (1 << 20)
         for donor in donors:
             try:
                 data = fetch_state(self.links, self.config.run_name, plan.generation, number, step, donor, most)
                 if data is not None:
-                    return from_bytes(data, point, size)
+                    return from_bytes(data, point, size).shared()
                 problem = "does not hold it"
             except WireError as error:
                 problem = str(error)
@@ -307,7 +316,7 @@ class Engine:
             last_layer=self.stage.last,
             digest=digest(self.stage.g),
         )
-        state = self.stage.state(point, feedback=self._synchronizer.feedback.state(), pending=self._since)
+        state = self._synchronizer.owing(self.stage.state(point, pending=self._since))
         self.points.save(state)
         self.local = replace(self.local, saved=step)
         self.hq.report(saved=pb.Saved(generation=self.local.generation, savepoint=point.to_proto()))
@@ -323,18 +332,15 @@ class Engine:
         if found:
             state = self.points.find("round", found[-1].generation, step, (self.stage.first, self.stage.last))
         if state is None:
-            raise StateError(f"the round of step {step} is not here any more")
+            raise WireError(f"the round of step {step} is not here any more")
         tensors = {name: t.contiguous() for name, t in self.stage.named(state.g).items()}
         data = safetensors.torch.save(tensors, {"format": "pt"})
-        for attempt in range(5):
-            try:
-                self.hq.publish(step, self._seat.stage, data)
-                break
-            except PotluckError as error:
-                log.warning("publishing step %d: %s", step, error)
-                if attempt == 4:
-                    raise
-                time.sleep(0.2 * 2**attempt)
+        try:
+            self.hq.publish(step, self._seat.stage, data)
+        except PotluckError as error:  # asked again only if the newest view still wants it
+            log.warning("publishing step %d: %s", step, error)
+            time.sleep(PUBLISH_PAUSE_SECONDS)
+            return
         self.local = replace(self.local, published=step)
 
     def _leave(self, view: View) -> None:

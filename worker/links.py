@@ -22,7 +22,6 @@ from .mailbox import Address, Mailbox
 log = logging.getLogger(__name__)
 STATE_PART_NBYTES = 4 << 20
 RAW = "raw"
-MOST_EARLY = 64
 ADMISSION_SECONDS = 30.0  # for a peer to hear of the plan that we already know
 Lane = tuple[str, bool]  # peer, and whether it carries boundary tensors
 StateProvider = Callable[[Header], bytes | None]
@@ -44,7 +43,8 @@ class Links:
         self._outboxes: dict[Lane, asyncio.Queue[Frame]] = {}
         self._tasks: dict[Lane, asyncio.Task[None]] = {}
         self._readers: set[asyncio.Task[None]] = set()
-        self._early: list[tuple[str, Header]] = []  # asked for a state by a plan that has not reached us yet
+        self._early: dict[str, Header] = {}  # asked for a state by a plan that has not reached us yet
+        self._served: set[tuple[str, int]] = set()  # who got its state in which generation
 
     async def start(self, transport: Transport) -> list[str]:
         """Listens; returns the addresses to announce."""
@@ -73,8 +73,9 @@ class Links:
             self._tasks.pop(lane).cancel()
             self._outboxes.pop(lane, None)
         self.mailbox.fence(plan.generation)
-        early, self._early = self._early, []
-        for peer, request in early:
+        early, self._early = self._early, {}
+        self._served = {(p, g) for p, g in self._served if g >= plan.generation}
+        for peer, request in early.items():
             self._keep(asyncio.create_task(self._serve(peer, request)))
 
     # For the computing threads.
@@ -100,17 +101,38 @@ class Links:
         self._outboxes[lane].put_nowait(frame)
 
     async def _send_all(self, peer: str, outbox: asyncio.Queue[Frame]) -> None:
+        """A lane's life: dials when there is something to send, and again after a channel that ended at rest."""
         channel: Channel | None = None
+        ended: asyncio.Task[Frame] | None = None
+        waiting = asyncio.ensure_future(outbox.get())
         try:
-            channel = await self._dial(peer)
             while True:
-                frame = await outbox.get()
+                await asyncio.wait({waiting, *([ended] if ended else [])}, return_when=asyncio.FIRST_COMPLETED)
+                if channel is not None and ended is not None and ended.done():
+                    ended.exception()
+                    await channel.drain()  # raises if something we sent was never acknowledged
+                    channel = ended = None
+                if not waiting.done():
+                    continue
+                frame = waiting.result()
+                waiting = asyncio.ensure_future(outbox.get())
                 if self.plan is not None and frame.header.generation == self.plan.generation:
+                    if channel is None:
+                        channel = await self._dial(peer)
+                        ended = asyncio.create_task(channel.recv())  # nobody answers here: it ends with the channel
                     await channel.send(frame)
-        except PotluckError as error:
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            if not isinstance(error, PotluckError):
+                log.exception("the way to %s broke", peer[:8])
             if self.plan is not None:
                 self.on_fault(self.plan.generation, peer, f"cannot send to {peer[:8]}: {error}")
         finally:
+            waiting.cancel()
+            if ended is not None:
+                ended.cancel()
+                await asyncio.gather(ended, return_exceptions=True)
             if channel is not None:
                 channel.abort(UnreachableError("not needed any more"))
 
@@ -133,7 +155,7 @@ class Links:
         task.add_done_callback(self._readers.discard)
 
     async def _receive(self, channel: Channel) -> None:
-        with contextlib.suppress(PotluckError):  # the other side dials again if it has more to say
+        try:
             while True:
                 frame = await channel.recv()
                 header = frame.header
@@ -148,14 +170,22 @@ class Links:
                         header.microbatch,
                         channel.peer_id,
                     )
-                    self.mailbox.put(address, frame)
+                    if not self.mailbox.put(address, frame):
+                        raise WireError(f"{channel.peer_id[:8]} sends more than anybody asked for")
+        except WireError as error:
+            log.warning("%s", error)
+            channel.abort(error)
+        except PotluckError:
+            pass  # the other side dials again if it has more to say
 
     async def _serve(self, peer: str, request: Header) -> None:
         """Sends a newcomer the state it asks for, in parts; one empty part if it is not here."""
         if self.plan is None or request.generation > self.plan.generation:
-            if len(self._early) < MOST_EARLY:
-                self._early.append((peer, request))
+            self._early[peer] = request
             return
+        if (peer, request.generation) in self._served or request.generation < self.plan.generation:
+            return
+        self._served.add((peer, request.generation))
         data = await asyncio.to_thread(self.provide, request) or b""
         for frame in state_frames(request, data):
             self._enqueue(peer, frame)

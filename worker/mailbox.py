@@ -26,7 +26,8 @@ class Address(NamedTuple):
     sender: str
 
 
-MOST_FRAMES = 20_000
+MOST_NBYTES = 1 << 30  # that wait from one sender
+FRAME_NBYTES = 512  # what a frame costs besides its payload
 
 
 class Mailbox:
@@ -34,15 +35,29 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._frames: dict[Address, Frame] = {}
+        self._waiting: dict[str, int] = {}  # bytes of each sender
         self._changed = threading.Condition()
         self._generation = 0
         self._closed = False
 
-    def put(self, address: Address, frame: Frame) -> None:
+    def put(self, address: Address, frame: Frame) -> bool:
+        """Keeps a frame until it is taken; False if its sender has too much waiting here already."""
         with self._changed:
-            if address.generation >= self._generation and len(self._frames) < MOST_FRAMES:
+            if address.generation >= self._generation:
+                waiting = self._waiting.get(address.sender, 0) + len(frame.payload) + FRAME_NBYTES
+                if waiting > MOST_NBYTES:
+                    return False
+                self._drop(address)
+                self._waiting[address.sender] = waiting
                 self._frames[address] = frame
                 self._changed.notify_all()
+            return True
+
+    def _drop(self, address: Address) -> Frame | None:
+        frame = self._frames.pop(address, None)
+        if frame is not None:
+            self._waiting[address.sender] -= len(frame.payload) + FRAME_NBYTES
+        return frame
 
     def take(self, address: Address, timeout_seconds: float | None = None) -> Frame:
         """Waits for a frame. Raises ``Fenced`` once the generation is over, ``TimeoutError`` after the timeout."""
@@ -55,14 +70,16 @@ class Mailbox:
                 raise Fenced
             if not arrived:
                 raise TimeoutError(f"no {address.kind.name.lower()} of step {address.step} arrived")
-            return self._frames.pop(address)
+            frame = self._drop(address)
+            assert frame is not None
+            return frame
 
     def fence(self, generation: int) -> None:
         """Ends every older generation."""
         with self._changed:
             self._generation = max(self._generation, generation)
             for address in [a for a in self._frames if a.generation < self._generation]:
-                del self._frames[address]
+                self._drop(address)
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -12,10 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import msgspec
+import torch
 
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
-from ..protocol.errors import PotluckError, RefusedError, StateError
+from ..protocol.errors import CapacityError, PotluckError, RefusedError, StateError
 from ..protocol.frames import Header, Purpose
 from ..protocol.grpc_transport import GrpcTransport
 from ..protocol.identity import Identity
@@ -218,6 +219,11 @@ def compute(engine: Engine, outcome: asyncio.Future[None]) -> None:
         engine.run()
     except PotluckError as error:
         problem = error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        problem = CapacityError(
+            f"the machine has too little memory for its stage ({error})",
+            hint="Ask the operator for more pipeline.stages.",
+        )
     except BaseException as error:
         log.exception("the computing thread failed")
         problem = error

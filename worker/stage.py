@@ -32,11 +32,12 @@ class State:
     x: Tensor | None = None  # None: equal to g
     momentum: Tensor | None = None  # of the outer optimizer
     feedback: Tensor | None = None  # what the owner of a shard still owes
+    owned: tuple[int, int] | None = None  # that shard, [start, end)
     pending: int = 0  # samples since the last round
 
     def shared(self) -> State:
         """Without what only its maker may use."""
-        return replace(self, x=None, feedback=None, pending=0)
+        return replace(self, x=None, feedback=None, owned=None, pending=0)
 
 
 def digest(vector: Tensor) -> bytes:
@@ -102,7 +103,7 @@ class Stage:
         self.updates += 1
         self.grad.zero_()
 
-    def state(self, point: SavePoint, *, feedback: Tensor | None = None, pending: int = 0) -> State:
+    def state(self, point: SavePoint, *, pending: int = 0) -> State:
         """A copy of everything, named by ``point``."""
 
         def copy(vector: Tensor) -> Tensor:
@@ -116,7 +117,6 @@ class Stage:
             v=copy(self.v),
             updates=self.updates,
             momentum=None if self.momentum is None else copy(self.momentum),
-            feedback=None if feedback is None else copy(feedback),
             pending=pending,
         )
 

@@ -63,14 +63,18 @@ class Outcome:
 class Synchronizer:
     """Rounds of one replica in one generation."""
 
-    def __init__(self, config: RunConfig, seat: Seat, stage: Stage, feedback: Tensor | None, wire: Wire) -> None:
+    def __init__(self, config: RunConfig, seat: Seat, stage: Stage, state: State, wire: Wire) -> None:
         self.config, self.seat, self.wire = config, seat, wire
         self.sync, self.codec = config.sync.resolved(), codec_of(config)
         self.bounds = shards(stage.size, len(seat.plan.stages[seat.stage].replicas))
         mine = self.bounds[seat.replica]
         self.feedback = ErrorFeedback(mine[1] - mine[0])
-        if feedback is not None and feedback.numel() == mine[1] - mine[0]:
-            self.feedback.load(feedback)
+        if state.feedback is not None and state.owned == mine:
+            self.feedback.load(state.feedback)
+
+    def owing(self, state: State) -> State:
+        """``state`` with what this replica still owes as the owner of its shard."""
+        return replace(state, feedback=self.feedback.state(), owned=self.bounds[self.seat.replica])
 
     def capture(self, stage: Stage, steps_done: int, samples: int) -> Capture:
         """Copies what the round needs, so that training may go on."""
@@ -97,7 +101,7 @@ class Synchronizer:
         g, momentum = self._outer(state, mean)
         x = g + residual
         point = replace(state.point, digest=digest(g))
-        after = replace(state, point=point, g=g, x=x, momentum=momentum, feedback=self.feedback.state())
+        after = self.owing(replace(state, point=point, g=g, x=x, momentum=momentum))
         return Outcome(
             state=after,
             shift=x - state.x,

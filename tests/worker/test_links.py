@@ -1,0 +1,139 @@
+"""Links to other peers: a lane dials again after an end at rest, and says when something was lost."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from datetime import timedelta
+
+import msgspec
+import pytest
+
+from potluck.protocol.channel import Channel
+from potluck.protocol.errors import TicketError, UnreachableError
+from potluck.protocol.frames import Frame, Kind, TensorSpec, make_frame
+from potluck.protocol.memory import MemoryNetwork
+from potluck.protocol.pipe import ChannelConfig
+from potluck.protocol.plan import Plan, Replica, StagePlan
+from potluck.protocol.ticket import Ticket
+from potluck.protocol.transport import TransportConfig
+from potluck.worker import mailbox as mailboxes
+from potluck.worker.links import Links
+from potluck.worker.mailbox import Address, Mailbox
+
+PLAN = Plan(
+    generation=1,
+    first_step=0,
+    first_sample=0,
+    origin="init",
+    origin_generation=0,
+    stages=(
+        StagePlan(first_layer=0, last_layer=1, replicas=(Replica(peer="a", addresses=("a",)),)),
+        StagePlan(first_layer=1, last_layer=2, replicas=(Replica(peer="b", addresses=("b",)),)),
+    ),
+    microbatches=1,
+    microbatch_size=1,
+)
+GIVE_UP = timedelta(seconds=0.3)
+
+
+def activation(step: int, payload: bytes = b"x" * 10) -> Frame:
+    return make_frame(
+        payload,
+        kind=Kind.ACTIVATION,
+        run=b"testrun1",
+        generation=1,
+        step=step,
+        stage=1,
+        microbatch=0,
+        part=0,
+        attempt=0,
+        tensors=(TensorSpec(codec="raw", shape=(len(payload),), nbytes=len(payload)),),
+        targets=0,
+        dense_nbytes=0,
+    )
+
+
+class Pair:
+    """Two peers' links over memory, what was complained of, and the channels from ``a`` to ``b``."""
+
+    def __init__(self) -> None:
+        self.network, self.faults = MemoryNetwork(), asyncio.Queue[str]()
+        self.dialled: list[Channel] = []
+        self.accepted: list[Channel] = []
+        self.links = {name: Links(Mailbox(), lambda request: None, self.fault) for name in "ab"}
+
+    def fault(self, generation: int, peer: str, text: str) -> None:
+        self.faults.put_nowait(text)
+
+    async def __aenter__(self) -> Pair:
+        accept, dial = self.links["b"]._accepted, self.links["a"]._dial
+
+        def accepted(channel: Channel) -> None:
+            self.accepted.append(channel)
+            accept(channel)
+
+        async def dialled(peer: str) -> Channel:
+            self.dialled.append(await dial(peer))
+            return self.dialled[-1]
+
+        self.links["b"]._accepted, self.links["a"]._dial = accepted, dialled
+        for name, links in self.links.items():
+            config = TransportConfig(run="run", admit=links.admit, channel=ChannelConfig(give_up=GIVE_UP))
+            await links.start(self.network.join(name, config))
+            links.follow(PLAN)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(links.close() for links in self.links.values()))
+
+    async def arrives(self, step: int) -> Frame:
+        address = Address(1, Kind.ACTIVATION, step, 0, 0, "a")
+        return await asyncio.to_thread(self.links["b"].mailbox.take, address, 10.0)
+
+
+async def test_a_channel_that_ended_at_rest_is_dialled_again():
+    async with Pair() as pair:
+        pair.links["a"].post("b", activation(1))
+        assert (await pair.arrives(1)).payload == b"x" * 10
+        pair.accepted[0].abort(UnreachableError("the peer started anew"))
+        await asyncio.gather(pair.accepted[0].join(), pair.dialled[0].join())
+        pair.links["a"].post("b", activation(2))
+        assert (await pair.arrives(2)).header.step == 2
+        assert pair.faults.empty()
+
+
+async def test_what_could_not_be_delivered_is_reported():
+    """Also when nothing more is sent: the receiver would wait for ever."""
+    async with Pair() as pair:
+        pair.links["a"].post("b", activation(1))
+        await pair.arrives(1)
+        pair.network.refuse("a", "b")
+        pair.network.cut("a", "b")
+        pair.links["a"].post("b", activation(2))
+        assert "cannot send to b" in await asyncio.wait_for(pair.faults.get(), 10.0)
+
+
+def test_one_sender_cannot_fill_the_mailbox(monkeypatch):
+    monkeypatch.setattr(mailboxes, "MOST_NBYTES", 2000)
+    box = Mailbox()
+    addresses = [Address(1, Kind.ACTIVATION, step, 0, 0, "a") for step in range(10)]
+    kept = [box.put(address, activation(0)) for address in addresses]
+    assert kept[0]
+    assert not kept[-1]
+    assert box.put(addresses[-1]._replace(sender="b"), activation(0))
+    box.take(addresses[0])
+    assert box.put(addresses[-1], activation(0))
+
+
+@pytest.mark.parametrize("run", ["../../etc", "/etc", "a/b", "..", ".hidden", ""])
+def test_a_ticket_cannot_name_a_folder_elsewhere(run):
+    good = Ticket(url="127.0.0.1:9", fingerprint="0" * 64, run="run", secret="s", expires=2**40)
+    bad = msgspec.structs.replace(good, run=run).encode()
+    with pytest.raises(TicketError, match="damaged"):
+        Ticket.decode(bad, 0.0)
+
+
+def test_a_plan_survives_the_wire():
+    plan = replace(PLAN, stages=(replace(PLAN.stages[0], digest=b"d" * 32), PLAN.stages[1]))
+    assert Plan.from_proto(plan.to_proto()) == plan
