@@ -33,7 +33,9 @@ class Group(click.Group):
         except ModuleNotFoundError as error:
             if error.name not in WORKER_PACKAGES:
                 raise
-            click.echo(f"potluck: {error.name} is not installed. Install it: pip install 'potluck[worker]'", err=True)
+            click.echo(
+                f"potluck: {error.name} is not installed. In potluck's checkout: pip install -e '.[worker]'", err=True
+            )
             ctx.exit(1)
 
 

@@ -1,6 +1,6 @@
 """What the road costs: committed tokens/s of 2 stages x 1 replica on loopback against the plain loop, in one run.
 
-    python -m benchmarks.overhead            (from the checkout, with potluck[worker] installed)
+    python -m benchmarks.overhead            (from the checkout, with its worker extra installed)
 
 All train the same GPT-J shape on the same samples with the same batch on the same cores. The plain loop is stock
 transformers in one process with as many threads as there are workers. Ours are two worker processes of one thread

@@ -365,7 +365,7 @@ def _open_hf(source: str) -> _Source:
     try:
         import datasets
     except ImportError as error:
-        hint = 'Run: pip install "potluck[data]"'
+        hint = "In potluck's checkout: pip install -e '.[data]'"
         raise ConfigError(f"{source} needs the datasets package", hint=hint) from error
     name, _, split = source.removeprefix("hf:").partition(":")
     hint = 'Check the name, the split and the connection: hf:NAME:SPLIT, a data set with a column "text".'

@@ -222,4 +222,4 @@ def test_an_installation_without_torch(cli: Any, tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from potluck.cli import main; main(['sample', '.'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     error = cli.Ended(done.returncode, done.stdout, done.stderr).error
-    assert error == "torch is not installed. Install it: pip install 'potluck[worker]'"
+    assert error == "torch is not installed. In potluck's checkout: pip install -e '.[worker]'"

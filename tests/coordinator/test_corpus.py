@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_written_is_a_state_error(tmp_path: Path, monkey
 
 def test_hf_without_the_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert 'pip install "potluck[data]"' in the_error("hf:some/set", tmp_path / "out")
+    assert "pip install -e '.[data]'" in the_error("hf:some/set", tmp_path / "out")
 
 
 @pytest.fixture
