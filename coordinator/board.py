@@ -41,7 +41,6 @@ class Board:
         self.config, self.rules, self.run_id, self.vocab_size = config, rules, run_id, vocab_size
         self.version = 1
         self.published: str | None = None
-        self.samples_text: str | None = None
         self._state = RunState()
         self._changed = asyncio.Condition()
         self._figures: dict[str, PeerFigures] = {}
@@ -216,7 +215,6 @@ class Board:
             "rounds": list(reversed(self._rounds)),
             "events": list(reversed(self._events))[:40],
             "published": self.published,
-            "samples_text": self.samples_text,
         }
 
     def _peer(self, peer: str) -> dict[str, Any]:

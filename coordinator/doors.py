@@ -186,12 +186,12 @@ class Doors:
                 raise WireError("an upload without a session")
             peer, state = self._tokens[first.token], self.hub.state
             plan = state.plan
-            place = plan.places.get(peer) if plan else None
-            if place is None or place != (first.stage, 0) or state.publish != first.step:
+            if plan is None or plan.places.get(peer) != (first.stage, 0) or state.publish != first.step:
                 raise WireError("nobody asked for this upload")
             limit = self.publisher.stage_nbytes(first.stage)
             if not 0 < first.nbytes <= limit:
                 raise WireError(f"an upload of {first.nbytes} bytes, at most {limit} fit the stage")
+            self.publisher.begin(first.step, plan.generation)
             part = self.publisher.part(first.step, first.stage)
             digest, size = hashlib.sha256(), 0
             with part.open("wb") as file:
@@ -207,6 +207,8 @@ class Doors:
                 await asyncio.to_thread(os.fsync, file.fileno())
             if size != first.nbytes or digest.digest() != first.sha256:
                 raise WireError("an upload that does not match its hash")
+            if self.hub.state.plan is not plan:
+                raise WireError("an upload of a generation that is over")
             await self.publisher.arrived(first.step, first.stage)
         except (WireError, StateError) as error:
             return pb.UploadResult(ok=False, text=error.one_line())

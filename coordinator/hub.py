@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,7 +51,6 @@ class Hub:
         self.failed: StateError | None = None
         self.lines: dict[bytes, Line] = {}
         self.acked: dict[bytes, int] = {}
-        self.on_commands: list[Callable[[list[Any]], Awaitable[None]]] = []
         self._queue: asyncio.Queue[tuple[Input, Line | None, int]] = asyncio.Queue()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._tasks: list[asyncio.Task[None]] = []
@@ -134,8 +133,6 @@ class Hub:
             self.state = state
             self._tell(batch, commands)
             self.board.update(state, [c for c in durable if isinstance(c, Journal | Point | Commit)], now)
-            for handler in self.on_commands:
-                await handler(commands)
             if changed:
                 async with self._changed:
                     self._changed.notify_all()

@@ -78,9 +78,8 @@ class Publisher:
     ) -> None:
         self.folder, self.corpus, self.config, self.manifest = folder, corpus, config, manifest
         self.layers, self._done = layers, done
-        self._arrived: dict[int, set[int]] = {}
-        for unfinished in folder.glob(".step-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        self._arrived: set[int] = set()
+        self._current = (-1, -1)  # step and generation of the uploads being collected
 
     def stage_nbytes(self, stage: int) -> int:
         """Most bytes that a stage's file may have: fp32 tensors and a header."""
@@ -88,6 +87,13 @@ class Publisher:
         model = self.config.model
         count = stage_parameters(first, last, model.layers, d_model=model.d_model, vocab_size=self.manifest.vocab_size)
         return 4 * count + HEADER_LIMIT
+
+    def begin(self, step: int, generation: int) -> None:
+        """Uploads of ``step`` from this generation's replicas come in; what others left unfinished is gone."""
+        if self._current != (step, generation):
+            self._current, self._arrived = (step, generation), set()
+            for unfinished in self.folder.glob(".step-*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def part(self, step: int, stage: int) -> Path:
         """Where a stage's upload is written while it comes in."""
@@ -110,14 +116,13 @@ class Publisher:
         part = self.part(step, stage)
         self._check(part, stage)
         part.replace(part.with_suffix(""))
-        stages = self._arrived.setdefault(step, set())
-        stages.add(stage)
-        if len(stages) == len(self.layers):
+        self._arrived.add(stage)
+        if len(self._arrived) == len(self.layers):
             try:
                 target = await asyncio.to_thread(self._assemble, step)
             except OSError as error:
                 raise StateError(f"{self.folder}: {error}", hint="Free some space or mend its rights.") from None
-            del self._arrived[step]
+            self._arrived = set()
             await self._done(step, target)
 
     def _check(self, part: Path, stage: int) -> None:

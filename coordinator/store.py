@@ -167,10 +167,6 @@ class Store:
         stored = self.meta("stop")
         return None if stored is None else mark_from_json(stored)
 
-    def ledger_counts(self) -> dict[str, int]:
-        """Samples by ledger state."""
-        return dict(self.rows("SELECT state, SUM(count) FROM ledger GROUP BY state"))
-
     def _refused(self, error: Exception) -> StateError:
         text = str(error)
         if "full" in text:

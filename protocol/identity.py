@@ -23,7 +23,6 @@ from cryptography.hazmat.primitives.serialization import (
 from .errors import IdentityError
 
 PEER_ID_LENGTH = 26
-PUBLIC_NBYTES = 32
 
 
 def peer_id_of(public_bytes: bytes) -> str:

@@ -71,7 +71,6 @@ class Overhead:
 
 
 INTERNET = Overhead()
-LOOPBACK = Overhead(segment_payload=65_483)
 NO_OVERHEAD = Overhead(
     grpc_prefix=0,
     http2_frame=0,

@@ -15,8 +15,6 @@ export function showState(state, latest) {
   showRounds(state.rounds ?? []);
   showEvents(state.events ?? []);
   text($("published"), state.published ? `Latest checkpoint: ${state.published}` : "");
-  $("samples-card").hidden = !state.samples_text;
-  text($("samples"), state.samples_text ?? "");
 }
 
 // Everything that ages by itself, between two messages.
