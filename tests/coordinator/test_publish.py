@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from potluck.coordinator.publish import Publisher
@@ -15,6 +16,20 @@ from potluck.protocol.plan import stage_parameters
 
 MODEL = ModelConfig(d_model=8, layers=1, heads=1, rotary_dim=2, seq_len=8)
 COUNT = stage_parameters(0, 1, 1, d_model=8, vocab_size=300)
+
+MANIFEST = Manifest(
+    source="text",
+    tokens_sha256="0" * 64,
+    n_tokens=(8 + 1) * 8 + 2,
+    dtype="uint16",
+    vocab_size=300,
+    seq_len=8,
+    n_train=8,
+    n_heldout=1,
+    tokenizer_sha256="0" * 64,
+    eos_id=0,
+    license="unknown",
+)
 
 
 def stage_file(header: object, nbytes: int = 0) -> bytes:
@@ -42,26 +57,38 @@ def tensor(start: int, count: int, dtype: str = "F32") -> dict[str, object]:
     ],
 )
 async def test_an_upload_that_is_no_stage_is_refused(data: bytes, tmp_path: Path) -> None:
-    manifest = Manifest(
-        source="text",
-        tokens_sha256="0" * 64,
-        n_tokens=(8 + 1) * 8 + 2,
-        dtype="uint16",
-        vocab_size=300,
-        seq_len=8,
-        n_train=8,
-        n_heldout=1,
-        tokenizer_sha256="0" * 64,
-        eos_id=0,
-        license="unknown",
-    )
-
     async def published(step: int, path: Path) -> None:
         raise AssertionError("nothing may be published")
 
     config = RunConfig(model=MODEL, pipeline=PipelineConfig(stages=1))
-    publisher = Publisher(tmp_path / "out", tmp_path, config, manifest, ((0, 1),), published)
+    publisher = Publisher(tmp_path / "out", tmp_path, config, MANIFEST, ((0, 1),), published)
     publisher.part(3, 0).write_bytes(data)
     with pytest.raises(WireError):
         await publisher.arrived(3, 0)
     assert not publisher.path(3).exists()
+
+
+async def test_uploads_of_two_generations_are_never_one_model(tmp_path: Path) -> None:
+    model = msgspec.structs.replace(MODEL, layers=2)
+    layers = ((0, 1), (1, 2))
+    done: list[Path] = []
+
+    async def published(step: int, path: Path) -> None:
+        done.append(path)
+
+    publisher = Publisher(tmp_path / "out", tmp_path, RunConfig(model=model), MANIFEST, layers, published)
+
+    async def upload(generation: int, stage: int) -> None:
+        count = stage_parameters(*layers[stage], 2, d_model=8, vocab_size=300)
+        publisher.begin(3, generation)
+        publisher.part(3, stage).write_bytes(stage_file({f"w{stage}": tensor(0, count)}, 4 * count))
+        await publisher.arrived(3, stage)
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    await upload(1, 0)
+    await upload(2, 1)
+    assert not done
+    await upload(2, 0)
+    assert done == [publisher.path(3)]
+    assert not list((tmp_path / "out").glob(".step-*"))
