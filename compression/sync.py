@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .codec import CodecError, checked_payload, from_bytes, to_bytes
+from .grid import check_scales, pack_codes, packed_nbytes, tile_codes, tile_scales, tile_values, unpack_codes
 from .mask import count, seeded_indices
-from .tile import check_scales, pack_codes, packed_nbytes, tile_codes, tile_scales, tile_values, unpack_codes
 
 SYNC_BITS = (2, 4, 8, 16, 32)
 _BLOCK = 1 << 16  # positions inside a block fit uint16
@@ -52,7 +52,7 @@ class SyncCodec:
     """How much of a weight difference is sent, and in how many bits.
 
     density: share of positions that the seeded mask keeps. topk: share of those that is sent, by magnitude.
-    bits: per value; 32 is exact, 16 and below share one float32 scale per `bucket` values (tile.py has the
+    bits: per value; 32 is exact, 16 and below share one float32 scale per `bucket` values (grid.py has the
     grid).
     """
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 
 from potluck.compression.codec import CodecError
 from potluck.compression.registry import build
-from potluck.compression.tile import DIVISORS, pack_codes, packed_nbytes, unpack_codes
+from potluck.compression.grid import DIVISORS, pack_codes, packed_nbytes, unpack_codes
 
-# Relative squared error on N(0,1), tile 64; see the table in tile.py.
+# Relative squared error on N(0,1), tile 64; see the table in grid.py.
 EXPECTED_ERROR = {2: 0.134, 4: 0.0090, 8: 3.5e-5}
 
 
