@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import cast, tile
-from .codec import Codec, CodecError
+from . import cast, tile, tile_format
+from .codec import Codec
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,12 @@ def unpack(packed: Packed) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def build(spec: str) -> Codec:
-    """The codec named by `spec`; `int4` is short for `int4:tile=64`. CodecError for anything unknown."""
+    """The codec named by `spec`; CodecError for anything unknown.
+
+    A cast (`fp32`, `fp16`, `bf16`), or integers in tiles: `int4` is short for `int4:tile=64`, and options
+    follow, as in `int3:tile=128,hadamard,random`; see :func:`.tile_format.parse`. `spec` of the codec is the
+    canonical text.
+    """
     if spec in cast.DTYPES:
         return cast.CastCodec(spec)
-    for bits in tile.TILE_BITS:
-        for width in tile.TILES:
-            if spec == f"int{bits}:tile={width}" or (spec == f"int{bits}" and width == tile.DEFAULT_TILE):
-                return tile.TileCodec(bits, width)
-    raise CodecError(
-        f"unknown codec {str(spec)[:80]!r}",
-        f"use one of {', '.join(cast.DTYPES)}, int{{2,4,8}}:tile={{32,64,128}}",
-    )
+    return tile.TileCodec(tile_format.parse(spec))
