@@ -8,13 +8,15 @@ Karimireddy et al., 2019.)
 import torch
 from torch import Tensor
 
+from .mask import Mask
 from .sync import Sparse
 
 
 class ErrorFeedback:
     """The residual of one shard of `n` float32 elements; no memory until something was left out.
 
-    `decay` below 1 forgets old residuals (SparseLoCo), and gives up the invariant.
+    A round concerns the positions of its mask only. `decay` below 1 forgets old residuals (SparseLoCo, arXiv
+    2508.15706), and gives up the invariant.
     """
 
     def __init__(self, n: int, decay: float = 1.0) -> None:
@@ -24,18 +26,29 @@ class ErrorFeedback:
         self.decay = decay
         self._kept: Tensor | None = None
 
-    def compensated(self, x: Tensor) -> Tensor:
-        """`x` plus what earlier rounds left out: what the codec should be given."""
-        self._check(x)
-        return x if self._kept is None else x + self._kept
+    def compensated(self, mask: Mask, values: Tensor) -> Tensor:
+        """`values` [mask.count] plus what earlier rounds left out there: what the codec should be given.
 
-    def keep(self, compensated: Tensor, sent: Sparse) -> None:
-        """Remember `compensated - sent`, decayed. Call it once the message counts as sent."""
-        self._check(compensated)
-        left = compensated.detach().to(torch.float32, copy=True)
-        self._kept = sent.add_to(left, -1.0)
+        `values` itself, not a copy, while nothing was left out.
+        """
+        self._check(mask, values)
+        return values if self._kept is None else mask.gather(self._kept) + values
+
+    def keep(self, mask: Mask, compensated: Tensor, sent: Sparse) -> None:
+        """Remember `compensated - sent`, decayed, at the mask's positions; others keep what they had.
+
+        Call it once the message counts as sent.
+        """
+        self._check(mask, compensated)
+        left = sent.add_to(compensated.detach().to(torch.float32, copy=True), -1.0)
         if self.decay != 1.0:
-            self._kept.mul_(self.decay)
+            left.mul_(self.decay)
+        if mask.count == self.n:
+            self._kept = left
+            return
+        if self._kept is None:
+            self._kept = torch.zeros(self.n)
+        mask.put(self._kept, left)
 
     def state(self) -> Tensor | None:
         """The buffer for a checkpoint (a copy), or None while it is zero."""
@@ -44,12 +57,15 @@ class ErrorFeedback:
     def load(self, state: Tensor | None) -> None:
         """Take up the buffer that `state` returned; ValueError if it is of another shard or not finite."""
         if state is not None:
-            self._check(state)
+            if state.shape != (self.n,):
+                raise ValueError(f"a shard of {self.n} elements was given a state of shape {tuple(state.shape)}")
             if not torch.isfinite(state).all():
                 raise ValueError("the residual has infinite or NaN elements")
             state = state.detach().to(torch.float32, copy=True)
         self._kept = state
 
-    def _check(self, x: Tensor) -> None:
-        if x.shape != (self.n,):
-            raise ValueError(f"a shard of {self.n} elements was given a tensor of shape {tuple(x.shape)}")
+    def _check(self, mask: Mask, values: Tensor) -> None:
+        if mask.n != self.n:
+            raise ValueError(f"a shard of {self.n} elements was given a mask of {mask.n}")
+        if values.shape != (mask.count,):
+            raise ValueError(f"a mask of {mask.count} positions was given a tensor of shape {tuple(values.shape)}")

@@ -21,11 +21,13 @@ from .errors import ConfigError
 
 Count = Annotated[int, Meta(ge=1, le=10**12)]
 Share = Annotated[float, Meta(gt=0, le=1)]
+_OPTION = r"tile=(32|64|128)|zero|hadamard|random|outliers=[1-9][0-9]{0,3}"
 Codec = Annotated[
     str,
     Meta(
-        pattern=r"^(fp32|fp16|bf16|int[248](:tile=(32|64|128))?)$",
-        description="must be fp32, fp16, bf16 or int2, int4, int8, with :tile=32, 64 or 128 if you like",
+        pattern=rf"^(fp32|fp16|bf16|int[23468](:({_OPTION})(,({_OPTION}))*)?)$",
+        description="must be fp32, fp16, bf16 or int2, int3, int4, int6, int8, with options like"
+        " :tile=128,hadamard if you like (tile=32|64|128, zero, hadamard, random, outliers=K)",
     ),
 ]
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -66,10 +68,36 @@ class PipelineConfig(Section, frozen=True, kw_only=True):
 
 
 class ActivationConfig(Section, frozen=True, kw_only=True):
-    """Codecs of the boundary tensors: ``fp32``, ``fp16``, ``bf16`` or ``int2|4|8[:tile=32|64|128]``."""
+    """Codecs of the boundary tensors: ``fp32``, ``fp16``, ``bf16``, or integers in tiles of a row.
+
+    ``int2|3|4|6|8[:OPTION,...]`` with ``tile=32|64|128`` elements, ``zero`` (a minimum for each tile instead of a
+    signed scale), ``hadamard`` (rotated tiles), ``random`` (unbiased rounding), ``outliers=K`` (of K tiles, the one
+    with the largest scale has 8 bits).
+    """
 
     forward: Codec = "int4:tile=64"
     backward: Codec = "int8:tile=64"
+    # Send samples of earlier epochs as what changed since (AQ-SGD): for runs of several epochs, see compression/aq.py.
+    reuse: bool = False
+    # Disk that a worker spends on it at most, in 10^9 bytes.
+    cache_gb: Annotated[float, Meta(gt=0, le=1e6)] = 4.0
+
+    def __post_init__(self) -> None:
+        for key in ("forward", "backward"):
+            name, _, options = getattr(self, key).partition(":")
+            given = options.split(",") if options else []
+            kinds = [option.partition("=")[0] for option in given]
+            wrong = ""
+            if len(set(kinds)) < len(kinds):
+                wrong = "has an option twice"
+            elif "zero" in kinds and "hadamard" in kinds:
+                wrong = "has zero and hadamard: rotating a tile spreads its offset"
+            elif "outliers" in kinds and name == "int8":
+                wrong = "has outliers, which are tiles of 8 bits, where all tiles have 8"
+            elif "outliers" in kinds and not 2 <= int(next(o[9:] for o in given if o[0] == "o")) <= 1024:
+                wrong = "has outliers=K with K not from 2 to 1024"
+            if wrong:
+                raise ConfigError(f"activations.{key}: {getattr(self, key)} {wrong}", hint="Leave one of them out.")
 
 
 class OptimizerConfig(Section, frozen=True, kw_only=True):
@@ -84,17 +112,68 @@ class OptimizerConfig(Section, frozen=True, kw_only=True):
     schedule: Literal["constant", "cosine"] = "constant"
 
 
+Bits = Literal[1, 2, 3, 4, 6, 8, 16, 32]
+Feedback = Literal["implicit", "explicit"]
+
+
 class Sync(Section, frozen=True, kw_only=True):
     """When a round happens and what is sent in it: one rule, the known algorithms as settings (design, section 4)."""
 
-    coin: Share | None = None  # probability of a round after a step; or
-    every: Count | None = None  # a round after every N steps
+    coin: Share | None = None  # probability, after a step, that a part is exchanged; or
+    every: Count | None = None  # each part is exchanged every N steps
+    # Parts of the weights that take turns: rounds so many times smaller, and more of them.
+    fragments: Annotated[int, Meta(ge=1, le=1024)] = 1
     density: Share = 1.0  # share of positions the round's seeded mask opens
     topk: Share = 1.0  # share kept, by magnitude, of what the mask opens
-    bits: Literal[2, 4, 8, 16, 32] = 16
-    delay: Literal[0, 1] = 1  # steps between the capture of a round and its application
+    chunk: Annotated[int, Meta(ge=0, le=65536)] = 0  # top-k inside every so many values; 0: over all of them
+    bits: Bits = 16
+    # What was not sent: stays in the weights, or goes to a buffer beside them and the weights return to the reference.
+    feedback: Feedback = "implicit"
+    decay: Annotated[float, Meta(ge=0, le=1)] = 1.0  # share of it that is kept from round to round
+    delay: Annotated[int, Meta(ge=0, le=10**6)] = 1  # steps from a round's capture to its application
     outer_lr: Annotated[float, Meta(gt=0, le=10)] = 1.0
     outer_momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # Nesterov's, on the mean difference
+
+    def check(self) -> None:
+        """Raises ``ConfigError`` for settings that are fine one by one but make no sense together."""
+        if self.every is not None:
+            gap, rest = divmod(self.every, self.fragments)
+            if rest or not gap:
+                raise ConfigError(
+                    f"sync.every {self.every} steps cannot be shared by {self.fragments} fragments",
+                    hint="Make sync.every a multiple of sync.fragments.",
+                )
+            if self.delay > gap:
+                raise ConfigError(
+                    f"sync.delay {self.delay} is more than the {gap} steps from one round to the next",
+                    hint=f"Lower sync.delay to {gap} at most.",
+                )
+        elif self.coin is not None and self.coin * self.fragments > 1:
+            raise ConfigError(
+                f"sync.coin {self.coin} for each of {self.fragments} fragments is more than a round a step",
+                hint="Lower sync.coin or sync.fragments.",
+            )
+        if self.chunk and self.topk == 1.0:
+            raise ConfigError(
+                "sync.chunk without sync.topk below 1: everything is sent anyway",
+                hint="Set sync.chunk to 0, or sync.topk.",
+            )
+        if self.chunk and (self.chunk < 64 or self.topk * self.chunk < 0.5):
+            raise ConfigError(
+                f"sync.topk {self.topk} of a chunk of {self.chunk} is less than one value",
+                hint="Use chunks of 64 or more with at least one value each: 4096 is usual.",
+            )
+        if self.bits == 1 and self.topk == 1.0:
+            raise ConfigError(
+                "sync.bits 1 without sync.topk below 1: a sign alone is for values that are not near zero",
+                hint="Raise sync.bits to 2, or set sync.topk.",
+            )
+        exact = self.density == 1.0 and self.topk == 1.0 and self.bits == 32
+        if exact and (self.feedback == "explicit" or self.decay != 1.0):
+            raise ConfigError(
+                "sync.feedback and sync.decay are about what is not sent, and everything is sent, in 32 bits",
+                hint="Leave them out, or set density, topk or bits.",
+            )
 
 
 PRESETS: dict[str, Sync] = {
@@ -102,6 +181,7 @@ PRESETS: dict[str, Sync] = {
     "gptjt": Sync(coin=1 / 50, bits=16),
     "cocktail": Sync(every=1, density=0.1, topk=0.2, bits=4),
     "diloco": Sync(every=20, bits=8, outer_lr=0.7, outer_momentum=0.9),
+    "sparseloco": Sync(every=30, topk=1 / 64, chunk=4096, bits=2, feedback="explicit", decay=0.95),
     "dense": Sync(every=1, bits=32, delay=0),
 }
 
@@ -109,13 +189,17 @@ PRESETS: dict[str, Sync] = {
 class SyncConfig(Section, frozen=True, kw_only=True):
     """A preset, and any of its settings changed by name."""
 
-    preset: Literal["potluck", "gptjt", "cocktail", "diloco", "dense"] = "potluck"
+    preset: Literal["potluck", "gptjt", "cocktail", "diloco", "sparseloco", "dense"] = "potluck"
     coin: Share | None = None
     every: Count | None = None
+    fragments: Annotated[int, Meta(ge=1, le=1024)] | None = None
     density: Share | None = None
     topk: Share | None = None
-    bits: Literal[2, 4, 8, 16, 32] | None = None
-    delay: Literal[0, 1] | None = None
+    chunk: Annotated[int, Meta(ge=0, le=65536)] | None = None
+    bits: Bits | None = None
+    feedback: Feedback | None = None
+    decay: Annotated[float, Meta(ge=0, le=1)] | None = None
+    delay: Annotated[int, Meta(ge=0, le=10**6)] | None = None
     outer_lr: Annotated[float, Meta(gt=0, le=10)] | None = None
     outer_momentum: Annotated[float, Meta(ge=0, lt=1)] | None = None
 
@@ -128,9 +212,11 @@ class SyncConfig(Section, frozen=True, kw_only=True):
             )
         if "coin" in changes:
             changes["every"] = None
-        if "every" in changes:
+        elif "every" in changes:
             changes["coin"] = None
-        return msgspec.structs.replace(PRESETS[self.preset], **changes)
+        sync = msgspec.structs.replace(PRESETS[self.preset], **changes)
+        sync.check()
+        return sync
 
 
 class EvalConfig(Section, frozen=True, kw_only=True):
@@ -181,6 +267,8 @@ class RunConfig(Section, frozen=True, kw_only=True):
     activations: ActivationConfig = ActivationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     sync: SyncConfig = SyncConfig()
+    # Activations, gradients and rounds go through zstd where that makes them shorter (worker/squeeze.py).
+    zstd: bool = True
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     coordinator: CoordinatorConfig = CoordinatorConfig()

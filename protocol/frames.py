@@ -33,6 +33,7 @@ class Kind(IntEnum):
     MEAN = 4  # the owner's compressed mean, to all
     STATE_REQUEST = 5
     STATE = 6
+    MISS = 7  # an activation's receiver lacks what a delta is against: once more, without deltas
 
 
 class Purpose(StrEnum):
@@ -54,6 +55,7 @@ _PURPOSES = {
     Kind.MEAN: Purpose.WEIGHTS,
     Kind.STATE_REQUEST: Purpose.STATE,
     Kind.STATE: Purpose.STATE,
+    Kind.MISS: Purpose.ACTIVATION,
 }
 
 
@@ -69,7 +71,7 @@ Size = Annotated[int, Meta(ge=0, le=2**40)]
 class TensorSpec(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
     """One compressed tensor in the payload: who wrote it, its shape when decoded, its bytes on the wire."""
 
-    codec: Annotated[str, Meta(pattern=r"\A[!-~]{1,32}\Z")]
+    codec: Annotated[str, Meta(pattern=r"\A[!-~]{1,64}\Z")]
     shape: Annotated[tuple[Size, ...], Meta(max_length=4)]
     nbytes: Size
 
@@ -234,6 +236,15 @@ def frame_messages(sequence: int, header: bytes, payload: bytes, offset: int) ->
         end = min(len(view), offset + MESSAGE_NBYTES - _More.size)
         yield end, b"".join((_More.pack(_MORE, sequence, offset), view[offset:end]))
         offset = end
+
+
+def message_lengths(header_nbytes: int, payload_nbytes: int) -> Iterator[int]:
+    """How long the messages of a frame are, without one: what ``frame_messages`` would yield."""
+    start = _Start.size + header_nbytes
+    first = min(payload_nbytes, MESSAGE_NBYTES - start)
+    yield start + first
+    for offset in range(first, payload_nbytes, MESSAGE_NBYTES - _More.size):
+        yield _More.size + min(MESSAGE_NBYTES - _More.size, payload_nbytes - offset)
 
 
 def parse_message(data: bytes) -> Message:

@@ -16,8 +16,28 @@ def draw(seed: int, *what: object) -> int:
 def is_round(sync: Sync, seed: int, step: int) -> bool:
     """Whether the replicas of a stage exchange weights after ``step`` (0-based)."""
     if sync.every is not None:
-        return (step + 1) % sync.every == 0
-    return draw(seed, "round", step) < (sync.coin or 0.0) * 2**64
+        return (step + 1) % (sync.every // sync.fragments) == 0
+    return draw(seed, "round", step) < (sync.coin or 0.0) * sync.fragments * 2**64
+
+
+def is_applied(sync: Sync, seed: int, captured: int, done: int) -> bool:
+    """Whether a round captured after ``captured`` steps is in the weights before step ``done`` begins."""
+    return done >= captured + sync.delay or is_round(sync, seed, done - 1)
+
+
+def fragments(sync: Sync, seed: int, step: int, last: bool) -> range:
+    """Which parts of the weights a round after ``step`` exchanges.
+
+    The one whose turn it is (Streaming DiLoCo, arXiv 2501.18512, so that no round is a peak); every one in a round
+    that closes a generation or, ``last``, the run, because what comes after starts from the reference.
+    """
+    if last or not is_round(sync, seed, step):
+        return range(sync.fragments)
+    if sync.every is not None:
+        turn = (step + 1) // (sync.every // sync.fragments) % sync.fragments
+    else:
+        turn = draw(seed, "fragment", step) % sync.fragments
+    return range(turn, turn + 1)
 
 
 def is_eval(config: EvalConfig, steps: int, position: int) -> bool:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..protocol.errors import StateError, WireError
 from ..protocol.plan import SavePoint
-from .stage import State, digest
+from .stage import Owned, State, digest
 
-VECTORS = ("g", "x", "m", "v", "momentum", "feedback")
+VECTORS = ("g", "x", "m", "v", "momentum", "unsent", "feedback")
 KEPT_ROUNDS = 2
 
 
@@ -129,7 +129,7 @@ def _tensors(state: State) -> dict[str, Tensor]:
 
 
 def _metadata(state: State) -> dict[str, str]:
-    p = state.point
+    p, o = state.point, state.owned
     return {
         "kind": p.kind,
         "generation": str(p.generation),
@@ -139,7 +139,7 @@ def _metadata(state: State) -> dict[str, str]:
         "digest": p.digest.hex(),
         "updates": str(state.updates),
         "pending": str(state.pending),
-        "owned": "" if state.owned is None else f"{state.owned[0]}:{state.owned[1]}",
+        "owned": "" if o is None else f"{o.fragments}:{o.replicas}:{o.replica}",
     }
 
 
@@ -194,7 +194,10 @@ def _state(tensors: dict[str, Tensor], metadata: dict[str, str], wanted: SavePoi
     updates, pending = int(metadata["updates"]), int(metadata["pending"])
     if not (0 <= updates < 2**31 and 0 <= pending < 2**53):
         raise ValueError("its counts are impossible")
-    start, _, end = metadata["owned"].partition(":")
+    owned = None
+    if metadata["owned"]:
+        fragments, replicas, replica = map(int, metadata["owned"].split(":"))
+        owned = Owned(fragments=fragments, replicas=replicas, replica=replica)
     return State(
         point=point,
         g=tensors["g"],
@@ -203,7 +206,8 @@ def _state(tensors: dict[str, Tensor], metadata: dict[str, str], wanted: SavePoi
         updates=updates,
         x=tensors.get("x"),
         momentum=tensors.get("momentum"),
+        unsent=tensors.get("unsent"),
         feedback=tensors.get("feedback"),
-        owned=(int(start), int(end)) if end else None,
+        owned=owned,
         pending=pending,
     )

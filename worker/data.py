@@ -27,6 +27,14 @@ _AGAIN = "Prepare or download the corpus again."
 _CHUNK = 1 << 22  # tokens looked at in one piece when a corpus is opened
 
 
+def sample_of(index: int, n_train: int, seed: int) -> int:
+    """Which of ``n_train`` samples, in [0, n_train), training index ``index`` >= 0 stands for: without the corpus."""
+    if index < 0:
+        raise IndexError(f"training index {index} is negative")
+    epoch, place = divmod(index, n_train)
+    return permute(place, n_train, epoch_key(seed, epoch))
+
+
 class Dataset:
     """A prepared corpus on disk, checked when opened: size, SHA-256, every token inside the vocabulary.
 
@@ -39,10 +47,7 @@ class Dataset:
 
     def position(self, index: int, seed: int) -> int:
         """Which sample of the train part, in [0, n_train), training index ``index`` >= 0 stands for."""
-        if index < 0:
-            raise IndexError(f"training index {index} is negative")
-        epoch, place = divmod(index, self.manifest.n_train)
-        return permute(place, self.manifest.n_train, epoch_key(seed, epoch))
+        return sample_of(index, self.manifest.n_train, seed)
 
     def sample(self, index: int, seed: int) -> NDArray[np.int64]:
         """The seq_len + 1 tokens of training index ``index`` >= 0: inputs are [:-1], targets [1:]."""

@@ -15,8 +15,9 @@ import safetensors.torch
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import PotluckError, StateError, WireError
 from ..protocol.plan import Plan, SavePoint
-from ..protocol.schedule import is_round
+from ..protocol.schedule import fragments, is_applied, is_round
 from . import plan as rules
+from .boundary import Boundary, Memory
 from .checkpoint import SavePoints, from_bytes
 from .data import Dataset
 from .links import Links, fetch_state
@@ -53,6 +54,8 @@ class Engine:
         self._pipeline: Pipeline | None = None
         self._synchronizer: Synchronizer | None = None
         self._data: Dataset | None = None
+        run = config.run
+        self._memory = Memory(run, points.folder / "reuse") if run.activations.reuse else None
         self._rounds = ThreadPoolExecutor(1, thread_name_prefix="round")
         self._pending: Future[Outcome] | None = None
         self._since = 0  # samples since the last capture
@@ -84,6 +87,8 @@ class Engine:
         finally:
             self.mailbox.close()
             self._rounds.shutdown(wait=True, cancel_futures=True)
+            if self._memory is not None:
+                self._memory.close()
 
     def _wait_for_newer(self, version: int) -> None:
         """The mailbox knows of a newer generation: its view is on the way."""
@@ -141,7 +146,8 @@ class Engine:
         if number == 0 and self._data is None:
             self._data = Dataset(self.hq.corpus())
         seat = self._seat = Seat(plan=plan, stage=number, replica=replica, run=self.config.run_name)
-        self._pipeline = Pipeline(self.config.run, seat, self.stage, self._data, self.links)
+        boundary = Boundary(self.config.run, seat, self.config.manifest, self._memory)
+        self._pipeline = Pipeline(boundary, self.stage, self._data, self.links)
         self._synchronizer = Synchronizer(self.config.run, seat, self.stage, state, self.links)
         self._since = state.pending
         self._captured = plan.first_step if plan.origin != "step" else -1
@@ -213,14 +219,17 @@ class Engine:
         )
         replicas = len(self._seat.plan.stages[self._seat.stage].replicas)
         self.hq.counterfactual(round(2 * (replicas - 1) / replicas * 2 * self.stage.size))
-        self._finish_pending(late=True)
+        if is_applied(self.sync_rule, self.config.run.seed, self._captured, done):
+            self._finish_pending(late=True)
         if is_round(self.sync_rule, self.config.run.seed, step):
             self._round(done, wait=self.sync_rule.delay == 0)
 
     def _round(self, done: int, *, wait: bool) -> None:
         """Captures a round; runs it beside the next step, or right now (``wait``)."""
         assert self._synchronizer and self.stage
-        capture = self._synchronizer.capture(self.stage, done, self._since)
+        run = self.config.run
+        turn = fragments(self.sync_rule, run.seed, done - 1, last=done == run.steps)
+        capture = self._synchronizer.capture(self.stage, done, self._since, turn)
         self._since, self._captured = 0, done
         self.local = replace(self.local, round=done)
         generation, synchronizer = self.local.generation, self._synchronizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..protocol.channel import Channel
@@ -18,10 +18,13 @@ from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame
 from ..protocol.plan import Plan, Replica
 from ..protocol.transport import Transport
 from .mailbox import Address, Mailbox
+from .squeeze import SUFFIX
 
 log = logging.getLogger(__name__)
 STATE_PART_NBYTES = 4 << 20
 RAW = "raw"
+WEIGHTS = ("sync", "sync" + SUFFIX)
+BOUNDARY = (Kind.ACTIVATION, Kind.GRADIENT, Kind.MISS)
 ADMISSION_SECONDS = 30.0  # for a peer to hear of the plan that we already know
 Lane = tuple[str, bool]  # peer, and whether it carries boundary tensors
 StateProvider = Callable[[Header], bytes | None]
@@ -85,15 +88,15 @@ class Links:
         with contextlib.suppress(RuntimeError):  # the loop is closed: we are leaving
             self._loop.call_soon_threadsafe(self._enqueue, peer, frame)
 
-    def take(self, address: Address) -> Frame:
-        return self.mailbox.take(address)
+    def take(self, address: Address, also: Sequence[Address] = ()) -> Frame:
+        return self.mailbox.take(address, also=also)
 
     # In the loop.
 
     def _enqueue(self, peer: str, frame: Frame) -> None:
         if self.plan is None or frame.header.generation != self.plan.generation or peer not in self._addresses:
             return
-        lane = peer, frame.header.kind in (Kind.ACTIVATION, Kind.GRADIENT)
+        lane = peer, frame.header.kind in BOUNDARY
         task = self._tasks.get(lane)
         if task is None or task.done():
             self._outboxes[lane] = asyncio.Queue()
@@ -254,14 +257,14 @@ def frame_check(
 ) -> Callable[[Header], None]:
     """What may come in at all: this run's frames, of sizes that its shapes and codecs allow.
 
-    ``weights_nbytes(n)`` is the exact size of a round's payload for n weights; ``most`` the weights of the largest
+    ``weights_nbytes(n)`` is the longest payload of a round's piece for n weights; ``most`` the weights of the largest
     stage.
     """
 
     def check(header: Header) -> None:
         if header.run != run:
             raise WireError("a frame of another run")
-        if header.kind in (Kind.ACTIVATION, Kind.GRADIENT):
+        if header.kind in BOUNDARY:
             boundary(header)
             return
         if header.kind == Kind.STATE_REQUEST:
@@ -274,7 +277,7 @@ def frame_check(
         if header.kind == Kind.STATE:
             if tensor.codec != RAW or tensor.nbytes != n or n > STATE_PART_NBYTES:
                 raise WireError(f"a part of a state of {tensor.nbytes} bytes")
-        elif n > most or tensor.codec != "sync" or tensor.nbytes != weights_nbytes(n):
+        elif n > most or tensor.codec not in WEIGHTS or tensor.nbytes > weights_nbytes(n):
             raise WireError(f"a round's piece for {n} weights in {tensor.nbytes} bytes")
 
     return check

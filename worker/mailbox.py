@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..protocol.frames import Frame, Kind
@@ -59,18 +60,26 @@ class Mailbox:
             self._waiting[address.sender] -= len(frame.payload) + FRAME_NBYTES
         return frame
 
-    def take(self, address: Address, timeout_seconds: float | None = None) -> Frame:
-        """Waits for a frame. Raises ``Fenced`` once the generation is over, ``TimeoutError`` after the timeout."""
+    def take(self, address: Address, timeout_seconds: float | None = None, also: Sequence[Address] = ()) -> Frame:
+        """Waits for a frame at ``address`` or one of ``also``, which are looked at first; the frame's kind says which.
+
+        Raises ``Fenced`` once the generation is over, ``TimeoutError`` after the timeout.
+        """
+        wanted = (*also, address)
         with self._changed:
             arrived = self._changed.wait_for(
-                lambda: self._closed or address.generation < self._generation or address in self._frames,
+                lambda: (
+                    self._closed
+                    or address.generation < self._generation
+                    or any(place in self._frames for place in wanted)
+                ),
                 timeout_seconds,
             )
             if self._closed or address.generation < self._generation:
                 raise Fenced
             if not arrived:
                 raise TimeoutError(f"no {address.kind.name.lower()} of step {address.step} arrived")
-            frame = self._drop(address)
+            frame = self._drop(next(place for place in wanted if place in self._frames))
             assert frame is not None
             return frame
 

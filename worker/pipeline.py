@@ -8,26 +8,21 @@ first: gradients are summed in one order, so a step's result does not depend on 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..compression.codec import Codec, CodecError
-from ..compression.registry import build
-from ..protocol.config import RunConfig
-from ..protocol.errors import StateError, WireError
-from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame
-from ..protocol.plan import Plan
+from ..protocol.errors import WireError
+from ..protocol.frames import Frame, Kind
+from .boundary import EVAL, TRAIN, Boundary, Seat
 from .data import Dataset
 from .mailbox import Address
-from .model import IGNORED
 from .stage import Stage
 
-TRAIN, EVAL = 0, 1  # Header.part of an activation
+__all__ = ["Pipeline", "Seat", "StepResult", "Wire", "one_f_one_b"]
 
 
 class Wire(Protocol):
@@ -36,34 +31,8 @@ class Wire(Protocol):
     def post(self, peer: str, frame: Frame) -> None:
         """Sends a frame; returns before it has left. Order to one peer is kept."""
 
-    def take(self, address: Address) -> Frame:
-        """Waits for a frame. Raises ``Fenced`` when the generation is over."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seat:
-    """One replica's place in a plan."""
-
-    plan: Plan
-    stage: int
-    replica: int
-    run: bytes  # 8 bytes naming the run on the wire
-
-    @property
-    def stages(self) -> int:
-        return len(self.plan.stages)
-
-    @property
-    def is_first(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.stage == self.stages - 1
-
-    @property
-    def served(self) -> list[int]:
-        return self.plan.served(self.stage, self.replica)
+    def take(self, address: Address, also: Sequence[Address] = ()) -> Frame:
+        """Waits for a frame there, or at one of ``also``, first. Raises ``Fenced`` when the generation is over."""
 
 
 @dataclass(kw_only=True)
@@ -84,6 +53,8 @@ class Flight:
     source: Tensor
     targets: Tensor
     output: Tensor | None = None  # kept graph, when nothing is recomputed
+    miss: Address | None = None  # where the next stage says that it lacks what a delta was against
+    resent: bool = False
 
 
 def one_f_one_b(count: int, stages_after: int, run_ahead: int) -> Iterator[tuple[str, int]]:
@@ -99,10 +70,9 @@ def one_f_one_b(count: int, stages_after: int, run_ahead: int) -> Iterator[tuple
 class Pipeline:
     """Runs steps and evaluations of one replica in one generation."""
 
-    def __init__(self, config: RunConfig, seat: Seat, stage: Stage, data: Dataset | None, wire: Wire) -> None:
-        self.config, self.seat, self.stage, self.data, self.wire = config, seat, stage, data, wire
-        self.forward_codec = build(config.activations.forward)
-        self.backward_codec = build(config.activations.backward)
+    def __init__(self, boundary: Boundary, stage: Stage, data: Dataset | None, wire: Wire) -> None:
+        self.config, self.seat, self.boundary = boundary.config, boundary.seat, boundary
+        self.stage, self.data, self.wire = stage, data, wire
         self._flights: dict[int, Flight] = {}
         self._waited = 0.0
 
@@ -166,20 +136,20 @@ class Pipeline:
             self._send_forward(step, m, output.detach(), targets, TRAIN)
 
     def _backward(self, step: int, m: int) -> None:
-        flight = self._flights.pop(m)
+        flight = self._flights[m]
         if self.seat.is_last:
             assert flight.output is not None
             flight.output.backward()
         else:
             frame = self._take(Kind.GRADIENT, step, TRAIN, m, self.seat.plan.peer_of(self.seat.stage + 1, m))
-            spec = frame.header.tensors[0]
-            gradient = decoded(self.backward_codec, frame.payload, spec.shape).to(self.stage.device)
+            gradient = self.boundary.received_gradient(frame).to(self.stage.device)
             output = self.stage.module(flight.source) if flight.output is None else flight.output
             output.backward(gradient)
+        del self._flights[m]
         if not self.seat.is_first:
             assert flight.source.grad is not None
             back = self.seat.plan.peer_of(self.seat.stage - 1, m)
-            self._post(back, Kind.GRADIENT, step, TRAIN, m, self.backward_codec, flight.source.grad)
+            self.wire.post(back, self.boundary.gradient(step, m, flight.source.grad))
 
     def _input(self, step: int, m: int, part: int) -> tuple[Tensor, Tensor]:
         """This stage's input for a microbatch and its targets [B, T] (int64)."""
@@ -194,127 +164,48 @@ class Pipeline:
             return ids.to(self.stage.device), targets.to(self.stage.device)
         lane = m if part == TRAIN else self._lane(m)
         behind = self.seat.plan.peer_of(self.seat.stage - 1, lane)
-        frame = self._take(Kind.ACTIVATION, step, part, m, behind)
-        hidden_spec, ids_spec = frame.header.tensors
-        payload = memoryview(frame.payload)
-        hidden = decoded(self.forward_codec, payload[: hidden_spec.nbytes], hidden_spec.shape)
-        targets = decode_ids(payload[hidden_spec.nbytes :], ids_spec)
+        found = self.boundary.received(self._take(Kind.ACTIVATION, step, part, m, behind))
+        if found is None:
+            self.wire.post(behind, self.boundary.miss(step, m))
+            found = self.boundary.received(self._take(Kind.ACTIVATION, step, part, m, behind), attempt=1)
+            assert found is not None, "nothing can be missing without deltas"
+        hidden, targets = found
         return hidden.to(self.stage.device), targets.to(self.stage.device)
 
     def _send_forward(self, step: int, m: int, hidden: Tensor, targets: Tensor, part: int) -> None:
         lane = m if part == TRAIN else self._lane(m)
         ahead = self.seat.plan.peer_of(self.seat.stage + 1, lane)
-        self._post(ahead, Kind.ACTIVATION, step, part, m, self.forward_codec, hidden, targets)
+        frame, has_delta = self.boundary.activation(step, part, m, hidden, targets)
+        if has_delta:
+            self._flights[m].miss = Address(self.seat.plan.generation, Kind.MISS, step, part, m, ahead)
+        self.wire.post(ahead, frame)
 
-    def _post(
-        self,
-        peer: str,
-        kind: Kind,
-        step: int,
-        part: int,
-        m: int,
-        codec: Codec,
-        tensor: Tensor,
-        targets: Tensor | None = None,
-    ) -> None:
-        payload = encoded(codec, tensor)
-        specs = [TensorSpec(codec=codec.spec, shape=tuple(tensor.shape), nbytes=len(payload))]
-        dense = 2 * tensor.numel()
-        if targets is not None:
-            name, ids = encode_ids(targets, self.stage.vocab_size)
-            specs.append(TensorSpec(codec=name, shape=tuple(targets.shape), nbytes=len(ids)))
-            payload += ids
-            dense += len(ids)
-        frame = make_frame(
-            payload,
-            kind=kind,
-            run=self.seat.run,
-            generation=self.seat.plan.generation,
-            step=step,
-            stage=self.seat.stage + (1 if kind == Kind.ACTIVATION else -1),
-            microbatch=m,
-            attempt=0,
-            part=part,
-            tensors=tuple(specs),
-            targets=0 if targets is None else targets.numel(),
-            dense_nbytes=dense,
-        )
-        self.wire.post(peer, frame)
+    def _send_again(self, miss: Frame) -> None:
+        """Answers a ``MISS``. The weights are still those of the step, so an output that was not kept is made anew."""
+        step, m = miss.header.step, miss.header.microbatch
+        flight = self._flights[m]
+        assert flight.miss is not None
+        if flight.resent:
+            raise WireError(f"{flight.miss.sender[:8]} asks for microbatch {m} of step {step} again and again")
+        flight.resent = True
+        self.boundary.missed(miss.header)
+        with torch.no_grad():
+            output = self.stage.module(flight.source) if flight.output is None else flight.output
+        frame, _ = self.boundary.activation(step, TRAIN, m, output.detach(), flight.targets, attempt=1)
+        self.wire.post(flight.miss.sender, frame)
 
     def _take(self, kind: Kind, step: int, part: int, m: int, sender: str) -> Frame:
-        started = time.perf_counter()
-        frame = self.wire.take(Address(self.seat.plan.generation, kind, step, part, m, sender))
-        self._waited += time.perf_counter() - started
-        return frame
+        """Waits for a frame, and meanwhile answers whoever lacks what a delta was against.
 
-
-def encoded(codec: Codec, tensor: Tensor) -> bytes:
-    """A boundary tensor as bytes. ``StateError`` if it is not finite: the run has diverged."""
-    try:
-        return codec.encode(tensor.cpu())
-    except CodecError as error:
-        raise StateError(
-            f"training has diverged ({error})", hint="Start again from a published model with a lower optimizer.lr."
-        ) from None
-
-
-def decoded(codec: Codec, payload: bytes | memoryview, shape: Sequence[int]) -> Tensor:
-    """Bytes from a peer as a boundary tensor. ``WireError`` if no encoder makes such bytes."""
-    try:
-        return codec.decode(payload, shape)
-    except CodecError as error:
-        raise WireError(f"a boundary tensor cannot be decoded: {error}") from None
-
-
-IDS = {"ids16": "<u2", "ids32": "<u4"}  # token ids plus one, so that 0 says IGNORED
-
-
-def encode_ids(ids_BT: Tensor, vocab_size: int) -> tuple[str, bytes]:
-    """Targets [B, T] as (codec, bytes): two bytes each if the vocabulary allows."""
-    codec = ids_codec(vocab_size)
-    return codec, (ids_BT.cpu().numpy() + 1).clip(min=0).astype(IDS[codec]).tobytes()
-
-
-def decode_ids(payload: memoryview, spec: TensorSpec) -> Tensor:
-    """Bytes to targets [B, T], int64."""
-    ids = torch.from_numpy(np.frombuffer(payload, dtype=IDS[spec.codec]).astype(np.int64)).view(*spec.shape)
-    return torch.where(ids == 0, IGNORED, ids - 1)
-
-
-def ids_codec(vocab_size: int) -> str:
-    return "ids16" if vocab_size < 2**16 else "ids32"
-
-
-def boundary_check(config: RunConfig, vocab_size: int) -> Callable[[Header], None]:
-    """A check for incoming activations and gradients: what this run's boundary tensors look like, to the byte."""
-    model, pipeline = config.model, config.pipeline
-    codecs = {
-        Kind.ACTIVATION: build(config.activations.forward),
-        Kind.GRADIENT: build(config.activations.backward),
-    }
-
-    def check(header: Header) -> None:
-        codec = codecs[header.kind]
-        wanted = 2 if header.kind == Kind.ACTIVATION else 1
-        if len(header.tensors) != wanted:
-            raise WireError(f"{header.kind.name.lower()} with {len(header.tensors)} tensors, not {wanted}")
-        hidden = header.tensors[0]
-        if (
-            len(hidden.shape) != 3
-            or not 1 <= hidden.shape[0] <= pipeline.microbatch_size
-            or hidden.shape[1:] != (model.seq_len, model.d_model)
-            or hidden.codec != codec.spec
-            or hidden.nbytes != codec.nbytes(hidden.shape)
-        ):
-            raise WireError(f"a boundary tensor of {hidden.shape} as {hidden.codec} in {hidden.nbytes} bytes")
-        if wanted == 2:
-            ids = header.tensors[1]
-            size = (
-                np.dtype(IDS[ids_codec(vocab_size)]).itemsize * ids.shape[0] * ids.shape[1]
-                if len(ids.shape) == 2
-                else 0
-            )
-            if ids.codec != ids_codec(vocab_size) or ids.shape != hidden.shape[:2] or ids.nbytes != size:
-                raise WireError(f"targets of {ids.shape} as {ids.codec} in {ids.nbytes} bytes")
-
-    return check
+        Nobody waits for ever: who misses something waits for a stage before its own, which computes or waits in turn,
+        and whoever waits answers.
+        """
+        address = Address(self.seat.plan.generation, kind, step, part, m, sender)
+        while True:
+            also = [flight.miss for flight in self._flights.values() if flight.miss is not None]
+            started = time.perf_counter()
+            frame = self.wire.take(address, also)
+            self._waited += time.perf_counter() - started
+            if frame.header.kind != Kind.MISS:
+                return frame
+            self._send_again(frame)

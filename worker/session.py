@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,7 @@ from ..protocol.plan import split_layers, stage_parameters
 from ..protocol.ticket import Ticket
 from ..protocol.tls import Certificate
 from ..protocol.transport import TransportConfig
+from .boundary import boundary_check
 from .checkpoint import SavePoints, to_bytes
 from .control import Control
 from .engine import Engine
@@ -34,9 +36,8 @@ from .links import Links, frame_check
 from .mailbox import Mailbox
 from .offer import Say, WorkerConfig
 from .outside import EngineConfig, Views
-from .pipeline import boundary_check
 from .plan import View
-from .sync import codec_of
+from .sync import most_nbytes
 
 log = logging.getLogger(__name__)
 GIVE_UP = timedelta(seconds=10)  # a path to a peer that stays broken for so long is a fault
@@ -107,7 +108,7 @@ class Session:
         layers = split_layers(run.model.layers, run.pipeline.stages, **shape)
         most = max(stage_parameters(a, b, run.model.layers, **shape) for a, b in layers)
         boundary = boundary_check(run, manifest.vocab_size)
-        self._checks.append(frame_check(self.run_name, boundary, codec_of(run).nbytes, most))
+        self._checks.append(frame_check(self.run_name, boundary, partial(most_nbytes, run.sync.resolved()), most))
         self.say(f"joined run {run.name} as {self.config.name} ({self.identity.peer_id[:8]})")
         config = EngineConfig(
             run=run,

@@ -18,10 +18,19 @@ from .model import StageModule
 
 
 @dataclass(frozen=True, kw_only=True)
+class Owned:
+    """Which weights an owner answers for: shard ``replica`` of ``replicas`` in each of ``fragments`` fragments."""
+
+    fragments: int
+    replicas: int
+    replica: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class State:
     """A stage at rest. All vectors are fp32 of length n and never written to once they are in a ``State``.
 
-    ``x``, ``feedback`` and ``pending`` are this replica's own; the rest is what a newcomer needs.
+    ``x``, ``unsent``, ``feedback`` and ``pending`` are this replica's own; the rest is what a newcomer needs.
     """
 
     point: SavePoint
@@ -31,13 +40,14 @@ class State:
     updates: int  # optimizer updates behind m and v
     x: Tensor | None = None  # None: equal to g
     momentum: Tensor | None = None  # of the outer optimizer
-    feedback: Tensor | None = None  # what the owner of a shard still owes
-    owned: tuple[int, int] | None = None  # that shard, [start, end)
+    unsent: Tensor | None = None  # what explicit feedback keeps beside the weights
+    feedback: Tensor | None = None  # what an owner still owes, of all its shards, in the order of the fragments
+    owned: Owned | None = None  # those shards
     pending: int = 0  # samples since the last round
 
     def shared(self) -> State:
         """Without what only its maker may use."""
-        return replace(self, x=None, feedback=None, owned=None, pending=0)
+        return replace(self, x=None, unsent=None, feedback=None, owned=None, pending=0)
 
 
 def digest(vector: Tensor) -> bytes:
@@ -70,6 +80,7 @@ class Stage:
         n = sum(p.numel() for p in parameters)
         self.x, self.grad, self.m, self.v = (torch.zeros(n, device=self.device) for _ in range(4))
         self.momentum: Tensor | None = None
+        self.unsent: Tensor | None = None
         self.updates = 0
         c = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -117,6 +128,7 @@ class Stage:
             v=copy(self.v),
             updates=self.updates,
             momentum=None if self.momentum is None else copy(self.momentum),
+            unsent=None if self.unsent is None else copy(self.unsent),
             pending=pending,
         )
 
@@ -127,6 +139,7 @@ class Stage:
         self.m.copy_(state.m)
         self.v.copy_(state.v)
         self.momentum = None if state.momentum is None else state.momentum.to(self.device, copy=True)
+        self.unsent = None if state.unsent is None else state.unsent.to(self.device, copy=True)
         self.updates = state.updates
         for entry in self.optimizer.state.values():
             entry["step"].fill_(state.updates)

@@ -2,14 +2,18 @@
 
 Each replica sends compress(x_i - g) in shards to the shards' owners (reduce-scatter); an owner takes the mean,
 weighted by samples, adds what it still owes (error feedback), compresses again and sends the same bytes to all
-(all-gather). Everybody, the owner too, decodes those bytes, so the new g is bit-identical everywhere. What was not
-sent stays in x_i. The rule is CocktailSGD's (ICML 2023); with density 1 and a coin it is GPT-JT's, with ``outer_lr``
-and ``outer_momentum`` it is DiLoCo's (arXiv 2311.08105).
+(all-gather). Everybody, the owner too, decodes those bytes, and the owner's sum is one of integers, so the new g is
+bit-identical everywhere, whoever owns what and whatever arrives first.
+
+What was not sent stays in x_i (implicit feedback: CocktailSGD, ICML 2023), or in a decayed buffer beside it while x_i
+returns to g (explicit: SparseLoCo, arXiv 2508.15706). With everything sent and a coin the rule is GPT-JT's, with
+``outer_lr`` and ``outer_momentum`` DiLoCo's (arXiv 2311.08105), with ``fragments`` its streaming form (2501.18512).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,27 +21,35 @@ from torch import Tensor
 
 from ..compression.codec import CodecError
 from ..compression.feedback import ErrorFeedback
+from ..compression.mask import Mask
+from ..compression.mean import MAX_WEIGHT, weighted_mean
 from ..compression.sync import Encoded, Sparse, SyncCodec
-from ..protocol.config import RunConfig
+from ..protocol.config import RunConfig, Sync
 from ..protocol.errors import StateError, WireError
 from ..protocol.frames import Frame, Kind, TensorSpec, make_frame
 from ..protocol.plan import SavePoint
 from ..protocol.schedule import draw
+from .boundary import Seat
 from .mailbox import Address
-from .pipeline import Seat, Wire
-from .stage import Stage, State, digest
+from .pipeline import Wire
+from .squeeze import release, squeeze
+from .stage import Owned, Stage, State, digest
 
 WEIGHTS = "sync"  # codec name of a round's payload on the wire
 
 
-def codec_of(config: RunConfig) -> SyncCodec:
-    sync = config.sync.resolved()
-    return SyncCodec(density=sync.density, topk=sync.topk, bits=sync.bits)
+def codec_of(sync: Sync) -> SyncCodec:
+    return SyncCodec(topk=sync.topk, chunk=sync.chunk, bits=sync.bits)
 
 
-def shards(n: int, owners: int) -> list[tuple[int, int]]:
-    """[start, end) of each owner's part of a vector of length n; sizes differ by at most one."""
-    return [(n * j // owners, n * (j + 1) // owners) for j in range(owners)]
+def most_nbytes(sync: Sync, n: int) -> int:
+    """The longest payload that a round's piece for ``n`` weights can have."""
+    return codec_of(sync).bound(Mask(n, sync.density, 0).count)
+
+
+def parts(n: int, count: int) -> list[tuple[int, int]]:
+    """[start, end) of ``count`` parts of a vector of length n; sizes differ by at most one."""
+    return [(n * j // count, n * (j + 1) // count) for j in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +58,7 @@ class Capture:
 
     state: State  # x, g, m, v as they were
     samples: int
+    fragments: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +78,27 @@ class Synchronizer:
 
     def __init__(self, config: RunConfig, seat: Seat, stage: Stage, state: State, wire: Wire) -> None:
         self.config, self.seat, self.wire = config, seat, wire
-        self.sync, self.codec = config.sync.resolved(), codec_of(config)
-        self.bounds = shards(stage.size, len(seat.plan.stages[seat.stage].replicas))
-        mine = self.bounds[seat.replica]
-        self.feedback = ErrorFeedback(mine[1] - mine[0])
-        if state.feedback is not None and state.owned == mine:
-            self.feedback.load(state.feedback)
+        self.sync = config.sync.resolved()
+        self.codec = codec_of(self.sync)
+        replicas = len(seat.plan.stages[seat.stage].replicas)
+        # Of every fragment: where it lies in the stage's vector, and where its owners' shards lie in the fragment.
+        self.fragments = parts(stage.size, self.sync.fragments)
+        self.shards = [parts(end - start, replicas) for start, end in self.fragments]
+        self.owned = Owned(fragments=self.sync.fragments, replicas=replicas, replica=seat.replica)
+        self.feedback = [ErrorFeedback(end - start) for start, end in (s[seat.replica] for s in self.shards)]
+        if state.feedback is not None and state.owned == self.owned:
+            for feedback, kept in zip(self.feedback, state.feedback.split([f.n for f in self.feedback]), strict=True):
+                feedback.load(kept)
 
     def owing(self, state: State) -> State:
-        """``state`` with what this replica still owes as the owner of its shard."""
-        return replace(state, feedback=self.feedback.state(), owned=self.bounds[self.seat.replica])
+        """``state`` with what this replica still owes as the owner of its shards."""
+        kept = [f.state() for f in self.feedback]
+        whole = None
+        if any(k is not None for k in kept):
+            whole = torch.cat([torch.zeros(f.n) if k is None else k for f, k in zip(self.feedback, kept, strict=True)])
+        return replace(state, feedback=whole, owned=self.owned)
 
-    def capture(self, stage: Stage, steps_done: int, samples: int) -> Capture:
+    def capture(self, stage: Stage, steps_done: int, samples: int, fragments: Iterable[int]) -> Capture:
         """Copies what the round needs, so that training may go on."""
         plan = self.seat.plan
         point = SavePoint(
@@ -86,97 +108,115 @@ class Synchronizer:
             first_layer=stage.first,
             last_layer=stage.last,
         )
-        return Capture(state=stage.state(point), samples=samples)
+        return Capture(state=stage.state(point), samples=samples, fragments=tuple(fragments))
 
     def exchange(self, capture: Capture) -> Outcome:
         """The whole round; blocks on the other replicas. Raises ``Fenced`` when the generation ends meanwhile."""
-        started, state = time.perf_counter(), capture.state
-        assert state.x is not None
-        base = digest(state.g)
-        residual = state.x - state.g
-        if len(self.bounds) == 1:
-            mean, nbytes, residual = residual, 0, torch.zeros_like(residual)
-        else:
-            mean, nbytes = self._average(state.point.step, residual, capture.samples)
-        g, momentum = self._outer(state, mean)
-        x = g + residual
-        point = replace(state.point, digest=digest(g))
-        after = self.owing(replace(state, point=point, g=g, x=x, momentum=momentum))
+        started, before, nbytes = time.perf_counter(), capture.state, 0
+        assert before.x is not None
+        x, g = before.x.clone(), before.g.clone()
+        momentum, unsent = before.momentum, before.unsent
+        if self.sync.outer_momentum:
+            momentum = torch.zeros_like(g) if momentum is None else momentum.clone()
+        if self.sync.feedback == "explicit":
+            unsent = torch.zeros_like(g) if unsent is None else unsent.clone()
+        for f in capture.fragments:
+            here = slice(*self.fragments[f])
+            residual = x[here] - g[here]
+            if unsent is not None:
+                residual.add_(unsent[here], alpha=self.sync.decay)
+            alone = len(self.shards[f]) == 1
+            if alone:
+                mean, residual = residual, torch.zeros_like(residual)
+            else:
+                mean, sent_nbytes = self._average(f, before.point.step, residual, capture.samples)
+                nbytes += sent_nbytes
+            if alone and self.sync.outer_lr == 1.0 and momentum is None and unsent is None:
+                g[here] = x[here]  # not g + (x - g), which rounds
+            else:
+                g[here].add_(self._outer(mean, None if momentum is None else momentum[here]), alpha=self.sync.outer_lr)
+            x[here] = g[here]
+            if unsent is not None:
+                unsent[here] = residual
+            else:
+                x[here].add_(residual, alpha=self.sync.decay)
+        point = replace(before.point, digest=digest(g))
+        after = self.owing(replace(before, point=point, g=g, x=x, momentum=momentum, unsent=unsent))
         return Outcome(
             state=after,
-            shift=x - state.x,
-            base_digest=base,
+            shift=x - before.x,
+            base_digest=digest(before.g),
             samples=capture.samples,
             nbytes=nbytes,
             seconds=time.perf_counter() - started,
         )
 
-    def _average(self, step: int, residual: Tensor, samples: int) -> tuple[Tensor, int]:
-        """Reduce-scatter and all-gather. Takes what was sent out of ``residual``; returns the mean and bytes sent."""
-        seat, nbytes = self.seat, 0
+    def _average(self, f: int, step: int, residual: Tensor, samples: int) -> tuple[Tensor, int]:
+        """Reduce-scatter and all-gather of a fragment.
+
+        Takes what was sent out of ``residual``; returns the mean, zero where nobody sent anything, and bytes sent.
+        """
+        seat, bounds, nbytes = self.seat, self.shards[f], 0
         peers = [r.peer for r in seat.plan.stages[seat.stage].replicas]
-        seeds = [draw(self.config.seed, "mask", seat.stage, step, j) % 2**63 for j in range(len(peers))]
-        own = b""
-        for j, (start, end) in enumerate(self.bounds):
-            part = residual[start:end]
-            encoded = self._encoded(part, seeds[j])
-            encoded.sent.add_to(part, scale=-1.0)
+        seeds = [draw(self.config.seed, "mask", seat.stage, step, f, j) % 2**63 for j in range(len(peers))]
+        masks = [Mask(end - start, self.sync.density, seed) for (start, end), seed in zip(bounds, seeds, strict=True)]
+        mine, pieces = masks[seat.replica], list[tuple[Sparse, int]]()
+        for j, (start, end) in enumerate(bounds):
+            values = masks[j].gather(residual[start:end]).clone()
+            encoded = self._encoded(values)
+            masks[j].put(residual[start:end], encoded.sent.add_to(values, scale=-1.0))
             if j == seat.replica:
-                own = encoded.payload
+                pieces.append((encoded.sent, samples))
             else:
-                nbytes += self._post(peers[j], Kind.SHARD, step, end - start, encoded.payload, samples)
-        mine = self.bounds[seat.replica]
-        length, seed = mine[1] - mine[0], seeds[seat.replica]
-        payloads = {seat.replica: (own, samples)}
+                nbytes += self._post(peers[j], Kind.SHARD, step, f, end - start, encoded.payload, samples)
         for i in range(len(peers)):
             if i != seat.replica:
-                frame = self._take(Kind.SHARD, step, i)
-                payloads[i] = (frame.payload, frame.header.targets)
-        total = max(1, sum(weight for _, weight in payloads.values()))
-        mean = torch.zeros(length)
-        for i in range(len(peers)):  # in the replicas' order: floats do not commute
-            payload, weight = payloads[i]
-            self._decoded(payload, length, seed).add_to(mean, scale=weight / total)
-        owed = self.feedback.compensated(mean)
-        encoded = self._encoded(owed, seed)
-        decided = encoded.payload
-        self.feedback.keep(owed, encoded.sent)
+                frame = self._take(Kind.SHARD, step, f, i)
+                if (weight := frame.header.targets) >= MAX_WEIGHT:
+                    raise WireError(f"a round's piece that says it is of {weight} samples")
+                pieces.append((self._decoded(frame, mine.count), weight))
+        owed = self.feedback[f].compensated(mine, weighted_mean(pieces, mine.count))
+        decided = self._encoded(owed)
+        self.feedback[f].keep(mine, owed, decided.sent)
+        length = bounds[seat.replica][1] - bounds[seat.replica][0]
         for i, peer in enumerate(peers):
             if i != seat.replica:
-                nbytes += self._post(peer, Kind.MEAN, step, length, decided, 0)
+                nbytes += self._post(peer, Kind.MEAN, step, f, length, decided.payload, 0)
         whole = torch.zeros_like(residual)
-        for j, (start, end) in enumerate(self.bounds):
-            payload = decided if j == seat.replica else self._take(Kind.MEAN, step, j).payload
-            self._decoded(payload, end - start, seeds[j]).add_to(whole[start:end])
+        for j, (start, end) in enumerate(bounds):
+            if j == seat.replica:
+                sent = decided.sent
+            else:
+                sent = self._decoded(self._take(Kind.MEAN, step, f, j), masks[j].count)
+            masks[j].put(whole[start:end], sent.dense(masks[j].count))
         return whole, nbytes
 
-    def _encoded(self, part: Tensor, seed: int) -> Encoded:
+    def _outer(self, mean: Tensor, momentum: Tensor | None) -> Tensor:
+        """The outer optimizer's direction: the mean, or Nesterov's as in DiLoCo (updates ``momentum`` in place)."""
+        if momentum is None:
+            return mean
+        momentum.mul_(self.sync.outer_momentum).add_(mean)
+        return mean.add(momentum, alpha=self.sync.outer_momentum)
+
+    def _encoded(self, values: Tensor) -> Encoded:
         try:
-            return self.codec.encode(part, seed)
+            return self.codec.encode(values)
         except CodecError as error:
             raise StateError(
                 f"training has diverged ({error})", hint="Start again from a published model with a lower optimizer.lr."
             ) from None
 
-    def _decoded(self, payload: bytes, length: int, seed: int) -> Sparse:
+    def _decoded(self, frame: Frame, count: int) -> Sparse:
+        (spec,) = frame.header.tensors
         try:
-            return self.codec.decode(payload, length, seed)
+            return self.codec.decode(release(spec.codec, frame.payload, self.codec.bound(count)), count)
         except CodecError as error:
             raise WireError(f"a round's piece cannot be decoded: {error}") from None
 
-    def _outer(self, state: State, mean: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The outer optimizer's step from ``g``: plain, or Nesterov's momentum as in DiLoCo."""
-        if not self.sync.outer_momentum:
-            exact = len(self.bounds) == 1 and self.sync.outer_lr == 1.0
-            assert state.x is not None
-            return (state.x.clone() if exact else state.g.add(mean, alpha=self.sync.outer_lr)), None
-        momentum = torch.zeros_like(mean) if state.momentum is None else state.momentum
-        momentum = momentum.mul(self.sync.outer_momentum).add_(mean)
-        direction = mean.add(momentum, alpha=self.sync.outer_momentum)
-        return state.g.add(direction, alpha=self.sync.outer_lr), momentum
-
-    def _post(self, peer: str, kind: Kind, step: int, length: int, payload: bytes, weight: int) -> int:
-        seat = self.seat
+    def _post(self, peer: str, kind: Kind, step: int, f: int, length: int, payload: bytes, weight: int) -> int:
+        seat, codec = self.seat, WEIGHTS
+        if self.config.zstd:
+            codec, payload = squeeze(codec, payload)
         frame = make_frame(
             kind=kind,
             run=seat.run,
@@ -184,9 +224,9 @@ class Synchronizer:
             step=step,
             stage=seat.stage,
             microbatch=seat.replica,
-            part=0,
+            part=f,
             attempt=0,
-            tensors=(TensorSpec(codec=WEIGHTS, shape=(length,), nbytes=len(payload)),),
+            tensors=(TensorSpec(codec=codec, shape=(length,), nbytes=len(payload)),),
             targets=weight,
             dense_nbytes=0,
             payload=payload,
@@ -194,9 +234,9 @@ class Synchronizer:
         self.wire.post(peer, frame)
         return len(payload)
 
-    def _take(self, kind: Kind, step: int, replica: int) -> Frame:
+    def _take(self, kind: Kind, step: int, f: int, replica: int) -> Frame:
         sender = self.seat.plan.stages[self.seat.stage].replicas[replica].peer
-        return self.wire.take(Address(self.seat.plan.generation, kind, step, 0, replica, sender))
+        return self.wire.take(Address(self.seat.plan.generation, kind, step, f, replica, sender))
 
 
 def apply(stage: Stage, outcome: Outcome, *, late: bool) -> None:
@@ -209,3 +249,4 @@ def apply(stage: Stage, outcome: Outcome, *, late: bool) -> None:
     else:
         stage.x.copy_(state.x)
     stage.momentum = None if state.momentum is None else state.momentum.to(stage.device)
+    stage.unsent = None if state.unsent is None else state.unsent.to(stage.device)

@@ -66,7 +66,7 @@ BAD_RUNS = {
     "not a mapping": ("- steps", "run.yaml: the file must be a mapping of keys to values, not ['steps']. "),
     "no such preset": (
         "sync: {preset: potlock}",
-        "run.yaml: sync.preset: must be one of potluck, gptjt, cocktail, diloco, dense. ",
+        "run.yaml: sync.preset: must be one of potluck, gptjt, cocktail, diloco, sparseloco, dense. ",
     ),
     "not YAML": ("steps: 3\nmodel: {d_model: 3", "run.yaml, line 2: not YAML "),
     "does not add up": ("pipeline: {stages: 9}", "run.yaml: pipeline.stages 9 exceeds model.layers 4. "),

@@ -1,15 +1,18 @@
 """Seeded positions: exact number, sorted, distinct, even, and the same everywhere for ever."""
 
+from collections.abc import Callable
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
-from potluck.compression.mask import count, seeded_indices
+from potluck.compression.jit import jit
+from potluck.compression.mask import Mask, count, seeded_indices
 
 
-@given(n=st.integers(0, 3000), density=st.floats(1e-6, 1.0), seed=st.integers(-(1 << 70), 1 << 70))
-@settings(max_examples=400, deadline=None)
+@given(n=st.integers(0, 9000), density=st.floats(1e-6, 1.0), seed=st.integers(-(1 << 70), 1 << 70))
+@settings(max_examples=250, deadline=None)
 def test_positions_are_sorted_distinct_and_counted(n: int, density: float, seed: int) -> None:
     positions = seeded_indices(n, density, seed)
     assert positions.dtype == torch.int64
@@ -21,8 +24,61 @@ def test_positions_are_sorted_distinct_and_counted(n: int, density: float, seed:
     assert torch.equal(positions, seeded_indices(n, density, seed))
 
 
-def test_density_one_is_everything() -> None:
+def by_definition(n: int, m: int, seed: int) -> list[int]:
+    """The module's docstring in Python's unbounded integers."""
+    word, golden = (1 << 64) - 1, 0x9E3779B97F4A7C15
+
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & word
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & word
+        return z ^ (z >> 31)
+
+    key = mix((seed & word) ^ golden)
+    edges = [i * n // m for i in range(m + 1)]
+    hashes = [mix((i + 1) * golden + key & word) >> 32 for i in range(m)]
+    drawn = [a + (h * (b - a) >> 32) for a, b, h in zip(edges, edges[1:], hashes, strict=False)]
+    return sorted((p + mix(key)) % n for p in drawn)
+
+
+@given(n=st.integers(1, 6000) | st.integers(1, 1 << 41), m=st.integers(1, 5000), seed=st.integers(0, 1 << 64))
+@settings(max_examples=100, deadline=None)
+def test_positions_are_those_of_the_definition(n: int, m: int, seed: int) -> None:
+    density = min(1.0, m / n)
+    m = count(n, density)
+    if n // m < 1 << 31:
+        assert seeded_indices(n, density, seed).tolist() == (by_definition(n, m, seed) if m < n else list(range(n)))
+
+
+@given(n=st.integers(0, 6000), density=st.floats(1e-3, 1.0), seed=st.integers(0, 1 << 64), stride=st.integers(1, 3))
+@settings(max_examples=200, deadline=None)
+def test_a_mask_reads_and_writes_where_its_indices_say(n: int, density: float, seed: int, stride: int) -> None:
+    mask, where = Mask(n, density, seed), seeded_indices(n, density, seed)
+    assert torch.equal(mask.indices(), where)
+    assert mask.count == where.numel()
+    vector = torch.randn(n * stride, generator=torch.Generator().manual_seed(n))[::stride]
+    values = torch.randn(mask.count * stride, generator=torch.Generator().manual_seed(n + 1))[::stride]
+    before = vector.clone()
+    assert torch.equal(mask.gather(vector), vector[where])
+    assert mask.add_to(vector, values, -0.3) is vector
+    assert torch.allclose(vector, before.index_add(0, where, values, alpha=-0.3), rtol=0, atol=1e-6)
+    assert mask.put(vector, values) is vector
+    assert torch.equal(vector, before.index_copy(0, where, values))
+
+
+def test_a_parameter_can_be_masked() -> None:
+    weights = torch.nn.Parameter(torch.arange(10.0))
+    mask = Mask(10, 0.5, 3)
+    part = mask.gather(weights)
+    assert not part.requires_grad
+    mask.add_to(weights, part, -1.0)
+    assert weights.detach()[mask.indices()].tolist() == [0.0] * 5
+    assert weights.detach().sum() == 45 - part.sum()
+
+
+def test_density_one_is_everything_without_a_copy() -> None:
+    vector = torch.randn(1000)
     assert torch.equal(seeded_indices(1000, 1.0, 7), torch.arange(1000))
+    assert Mask(1000, 1.0, 7).gather(vector).data_ptr() == vector.data_ptr()
     assert seeded_indices(0, 0.5, 7).shape == (0,)
 
 
@@ -47,4 +103,22 @@ def test_neighbouring_seeds_overlap_as_chance_has_it() -> None:
 @pytest.mark.parametrize(("n", "density"), [(-1, 0.5), (5, 0.0), (5, 1.1), (5, float("nan")), (1 << 33, 0.9)])
 def test_impossible_masks_are_refused(n: int, density: float) -> None:
     with pytest.raises(ValueError, match="mask"):
-        seeded_indices(n, density, 0)
+        Mask(n, density, 0)
+
+
+def test_tensors_of_other_sizes_are_refused() -> None:
+    mask = Mask(10, 0.5, 0)
+    with pytest.raises(ValueError, match="vector"):
+        mask.gather(torch.zeros(11))
+    with pytest.raises(ValueError, match="vector"):
+        mask.put(torch.zeros(10, 1), torch.zeros(5))
+    with pytest.raises(ValueError, match="values"):
+        mask.add_to(torch.zeros(10), torch.zeros(6))
+    with pytest.raises(ValueError, match="float32"):
+        mask.add_to(torch.zeros(10, dtype=torch.float64), torch.zeros(5))
+
+
+def test_loops_are_compiled_where_nothing_can_be_cached() -> None:
+    made: dict[str, Callable[[int], int]] = {}
+    exec("def double(x):\n    return 2 * x", made)  # of no file, so there is no folder for its cache
+    assert jit(made["double"])(21) == 42

@@ -71,7 +71,7 @@ def test_a_header_is_small_and_comes_back() -> None:
         {"stage": 2**32},
         {"kind": 9},
         {"tensors": (TENSOR,) * 17},
-        {"tensors": (TensorSpec(codec="x" * 33, shape=(1,), nbytes=1),)},
+        {"tensors": (TensorSpec(codec="x" * 65, shape=(1,), nbytes=1),)},
         {"tensors": (TensorSpec(codec="x", shape=(1,) * 5, nbytes=1),)},
         {"tensors": (TensorSpec(codec="x", shape=(-1,), nbytes=1),)},
         {"tensors": (TensorSpec(codec="line\nbreak", shape=(1,), nbytes=1),)},

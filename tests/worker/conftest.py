@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +54,7 @@ class MemoryLinks(Links):
 
     def post(self, peer: str, frame: Frame) -> None:
         header = frame.header
+        self.local.on_post(self.peer, frame)
         if self.plan is None or header.generation != self.plan.generation:
             return
         if header.kind == Kind.STATE_REQUEST:
@@ -64,8 +65,8 @@ class MemoryLinks(Links):
         if peer in self.local.workers:
             self.local.workers[peer].mailbox.put(address, frame)
 
-    def take(self, address: Address) -> Frame:
-        return self.mailbox.take(address, timeout_seconds=30.0)
+    def take(self, address: Address, also: Sequence[Address] = ()) -> Frame:
+        return self.mailbox.take(address, timeout_seconds=30.0, also=also)
 
 
 class LocalWorker:
@@ -122,6 +123,7 @@ class LocalRun:
         self.points: list[state.Point] = []
         self.published: dict[int, dict[int, bytes]] = {}
         self.on_event: Callable[[events.Event], None] = lambda event: None
+        self.on_post: Callable[[str, Frame], None] = lambda sender, frame: None
         self._lock = threading.RLock()
         self._moved = threading.Condition(self._lock)
         self._now = 0.0

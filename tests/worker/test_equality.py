@@ -124,6 +124,9 @@ def test_two_replicas_equal_the_loop_with_the_double_batch(local_run, make_confi
         {"preset": "cocktail"},
         {"preset": "diloco", "every": 3},
         {"preset": "gptjt", "coin": 0.4},
+        {"preset": "diloco", "every": 4, "fragments": 4},
+        {"preset": "diloco", "every": 6, "fragments": 2, "delay": 3},
+        {"preset": "sparseloco", "every": 3, "delay": 2, "chunk": 256},
     ],
     ids=str,
 )
@@ -152,13 +155,14 @@ def test_replicas_agree_after_every_compressed_round(local_run, make_config, syn
 def test_a_late_round_keeps_what_was_trained_meanwhile(local_run, make_config):
     """With one replica a round changes nothing, early or late: the delay must not lose a step."""
     results = []
-    for delay in (0, 1):
-        config = make_config(steps=6, sync={"preset": "dense", "every": 2, "delay": delay})
+    for delay in (0, 1, 2):
+        config = make_config(steps=7, sync={"preset": "dense", "every": 3, "delay": delay})
         ours = local_run(config, home=f"delay{delay}")
         ours.join("a", "b")
         results.append(ours.finish().weights())
     for name, tensor in results[0].items():
         assert torch.equal(tensor, results[1][name]), name
+        assert torch.equal(tensor, results[2][name]), name
 
 
 def test_export_gives_the_runs_own_logits(local_run, make_config, corpus_folder, tmp_path: Path):

@@ -32,11 +32,11 @@ def test_a_corrupted_replica_is_found_and_takes_the_state_over_anew(local_run, m
 
     hits: list[int] = []
 
-    def corrupt(capture, stage, done, samples):
+    def corrupt(capture, stage, done, *rest):
         if done == 4 and not hits:
             hits.append(done)
             stage.g[5] += 1.0
-        return capture(stage, done, samples)
+        return capture(stage, done, *rest)
 
     def on_event(event: events.Event) -> None:
         if isinstance(event, events.TrainingStarted) and event.step == 0:
@@ -60,6 +60,8 @@ def test_a_corrupted_replica_is_found_and_takes_the_state_over_anew(local_run, m
         {"preset": "dense", "every": 3},
         {"preset": "potluck", "every": 3, "delay": 0},
         {"preset": "diloco", "every": 3, "delay": 0},
+        {"preset": "diloco", "every": 4, "fragments": 2, "delay": 0},
+        {"preset": "sparseloco", "every": 3, "delay": 0, "chunk": 256},
     ],
     ids=str,
 )
