@@ -18,7 +18,7 @@ from . import __version__
 from .protocol.errors import ConfigError, PotluckError, TicketError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-WORKER_PACKAGES = ("torch", "transformers", "safetensors")
+WORKER_PACKAGES = ("torch", "transformers", "safetensors", "numba", "zstandard")
 
 
 class Group(click.Group):
@@ -50,6 +50,7 @@ def main(verbose: bool) -> None:
     Start a run for others to join:    potluck coordinator init run.yaml
                                        potluck coordinator up run.yaml
     Join a run with its ticket:        potluck worker join TICKET
+    What a run would send:             potluck estimate run.yaml
     """
     if not verbose:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes to stderr beside our own line
@@ -66,7 +67,7 @@ def main(verbose: bool) -> None:
 @click.option("--steps", type=click.IntRange(1), default=None, help="Training steps.  [default: 240]")
 @click.option(
     "--preset",
-    type=click.Choice(["potluck", "gptjt", "cocktail", "diloco", "dense"]),
+    type=click.Choice(["potluck", "gptjt", "cocktail", "diloco", "sparseloco", "dense"]),
     default="potluck",
     show_default=True,
     help="How replicas exchange weights.",
@@ -273,6 +274,39 @@ async def _worker(ticket: Any, folder: Path, options: dict[str, Any]) -> int:
         os._exit(130)
     say(working.result())
     return 0
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--replicas", type=click.IntRange(1, 4096), default=2, show_default=True, help="Workers of every stage.")
+@click.option(
+    "--up", type=click.FloatRange(0, min_open=True), default=20.0, show_default=True, help="A line's Mbit/s up."
+)
+@click.option(
+    "--down", type=click.FloatRange(0, min_open=True), default=100.0, show_default=True, help="A line's Mbit/s down."
+)
+@click.option("--json", "as_json", is_flag=True, help="Numbers for programs.")
+def estimate(path: Path, replicas: int, up: float, down: float, as_json: bool) -> None:
+    """Say what the run in PATH (run.yaml) will send, and how long a line needs for it, before anything starts.
+
+    Bytes are those on the wire, headers and all, by purpose and beside the same run uncompressed; zstd takes some per
+    cent off more. Starting and joining (the corpus, a newcomer's state) come on top, and control streams with about
+    0.1 kB/s a worker.
+    """
+    from .protocol.config import load
+
+    config = load(path)
+    from .worker.estimate import Line, estimate
+
+    found = estimate(config, config.data.vocab_size, replicas)
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.encode(found))
+        return
+    from .screen import show_estimate
+
+    show_estimate(config, found, Line(up_mbps=up, down_mbps=down))
 
 
 @main.command(context_settings=CONTEXT)

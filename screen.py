@@ -1,11 +1,11 @@
-"""What ``potluck demo`` shows in the terminal: a live block while training, lines otherwise."""
+"""What ``potluck demo`` and ``potluck estimate`` show in the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +13,10 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from .protocol.config import RunConfig
+    from .worker.estimate import Estimate, Line
 
 
 class Screen:
@@ -102,3 +106,50 @@ class Screen:
 
 def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def show_estimate(config: RunConfig, found: Estimate, line: Line) -> None:
+    """Two tables: bytes per token by purpose, and what it means for each machine's line."""
+    console = Console()
+    replicas = found.tokens // found.chain_tokens
+    parameters = sum(m.parameters for m in found.machines)
+    console.print(
+        f"{config.name}: {parameters / 1e6:,.1f} M parameters, {len(found.machines)} stages x {replicas} replicas,"
+        f" {found.tokens:,} tokens a step",
+        highlight=False,
+    )
+    table = Table(title="bytes per token, sent by all machines together", title_justify="left", title_style="bold")
+    for name in ("what", "sent", "uncompressed (fp16)", "times less"):
+        table.add_column(name, justify="left" if name == "what" else "right")
+    rows = [(str(what), sent, found.dense[what]) for what, sent in found.nbytes.items()]
+    for what, sent, dense in [*rows, ("together", found.total, sum(found.dense.values()))]:
+        table.add_row(what, f"{sent:,.1f}", f"{dense:,.1f}", f"{dense / sent:,.1f}" if sent else "-")
+    console.print(table)
+    title = f"a machine with {line.up_mbps:g} Mbit/s up, {line.down_mbps:g} down"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("stage", "parameters", "up, a step", "down, a step", "time", "each way, a round", "time"):
+        table.add_column(name, justify="right")
+    for m in found.machines:
+        table.add_row(
+            str(m.stage + 1),
+            f"{m.parameters / 1e6:,.1f} M",
+            f"{m.sent / 1e6:,.2f} MB",
+            f"{m.received / 1e6:,.2f} MB",
+            f"{line.seconds(m.sent, m.received):,.2f} s",
+            f"{m.round_nbytes / 1e6:,.2f} MB",
+            f"{line.seconds(m.round_nbytes, m.round_nbytes):,.2f} s",
+        )
+    console.print(table)
+    delay = config.sync.resolved().delay
+    slowest = max(line.seconds(m.round_nbytes, m.round_nbytes) for m in found.machines)
+    rounds = f"A round comes every {found.steps_per_round:,.1f} steps on average"
+    if replicas == 1:
+        console.print("With one replica of a stage no weights are exchanged.", highlight=False)
+    elif delay:
+        console.print(
+            f"{rounds} and is transferred beside the next {delay} (sync.delay): it costs no time if that many steps"
+            f" take {slowest:,.2f} s.",
+            highlight=False,
+        )
+    else:
+        console.print(f"{rounds}, and everybody waits for it (sync.delay: 0).", highlight=False)
