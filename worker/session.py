@@ -38,6 +38,7 @@ from .offer import Say, WorkerConfig
 from .outside import EngineConfig, Views
 from .plan import View
 from .sync import most_nbytes
+from .warm import warm
 
 log = logging.getLogger(__name__)
 GIVE_UP = timedelta(seconds=10)  # a path to a peer that stays broken for so long is a fault
@@ -75,6 +76,7 @@ class Session:
             self.control.start(self.config.offer(addresses))
             welcome = await self.control.welcome
             engine = self.engine(welcome)
+            await asyncio.to_thread(warm, engine.config.run)
             thread = threading.Thread(target=compute, args=(engine, computed), name="engine", daemon=True)
             thread.start()
             asking = asyncio.create_task(self.ask_to_leave(leave))
