@@ -74,7 +74,7 @@ def train(folder: Path, wanted: Job) -> dict[str, Any]:
         "job": wanted,
         "heldout": result.heldout,
         "train": result.train,
-        "nbytes": {str(k): v for k, v in result.nbytes.items()},
+        "nbytes": result.nbytes,
         "tokens": result.tokens,
         "seconds": time.monotonic() - started,
     }
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where PARITY.md and parity.png go")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", default="", help="only settings whose name contains this; writes nothing to docs")
+    parser.add_argument("--only", default="", help="a group, or part of a setting's name; writes no docs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = arguments.folder
@@ -154,7 +154,7 @@ def main() -> None:
         best = search(pool, folder)
         for name, entry in best.items():
             print(f"{name}: lr {entry['lr']}, outer {entry['outer_lr']}: {entry['tried']}")
-        settings = [s for s in SETTINGS if arguments.only in s.name]
+        settings = [s for s in SETTINGS if arguments.only in s.name or arguments.only == s.group]
         jobs = [
             job(s, best[s.schedule]["lr"], best[s.schedule]["outer_lr"], seed)
             for s in settings

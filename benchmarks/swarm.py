@@ -27,6 +27,7 @@ from potluck.worker.stage import Stage
 from potluck.worker.sync import Outcome, Synchronizer, apply
 
 RUN = b"parity00"
+CLOSING = "closing"  # weights in the round that ends a run, in which nothing is left out
 
 
 class Broken(Exception):
@@ -39,10 +40,13 @@ class Memory:
 
     boxes: dict[str, Mailbox]
     baton: threading.Lock = field(default_factory=threading.Lock)
-    nbytes: dict[Purpose, int] = field(default_factory=dict)
+    last_step: int = -1
+    nbytes: dict[str, int] = field(default_factory=dict)  # by purpose; a sparse run's last round by itself
 
     def count(self, frame: Frame) -> None:
-        what = purpose(frame.header.kind)
+        what = str(purpose(frame.header.kind))
+        if what == Purpose.WEIGHTS and frame.header.step == self.last_step:
+            what = CLOSING
         self.nbytes[what] = self.nbytes.get(what, 0) + len(frame.payload) + len(encode_header(frame.header))
 
 
@@ -69,7 +73,7 @@ class MemoryWire:
 class Result:
     heldout: float  # nats per token of the reference weights, uncompressed
     train: list[float]  # of every step
-    nbytes: dict[Purpose, int]  # sent by all machines together
+    nbytes: dict[str, int]  # sent by all machines together, by purpose and CLOSING
     tokens: int  # trained by all machines together
     weights: dict[str, Tensor]
 
@@ -100,7 +104,8 @@ class Swarm:
             microbatches=config.pipeline.microbatches,
             microbatch_size=config.pipeline.microbatch_size,
         )
-        self.memory = Memory({peer: Mailbox() for peer in self.plan.places})
+        last = config.steps if config.sync.resolved().sparse else -1
+        self.memory = Memory({peer: Mailbox() for peer in self.plan.places}, last_step=last)
         self.stages: dict[str, Stage] = {}
         self._losses = [0.0] * config.steps
         self._targets = [0] * config.steps
@@ -163,8 +168,8 @@ class Swarm:
                 apply(stage, pending, late=True)
                 pending = None
             if last or is_round(rule, config.seed, step):
-                turn = fragments(rule, config.seed, step, last=last)
-                pending = synchronizer.exchange(synchronizer.capture(stage, done, samples, turn))
+                turn = fragments(rule, config.seed, step, last)
+                pending = synchronizer.exchange(synchronizer.capture(stage, done, samples, turn, full=last))
                 samples, captured = 0, done
                 if last or not rule.delay:
                     apply(stage, pending, late=False)

@@ -134,6 +134,11 @@ class Sync(Section, frozen=True, kw_only=True):
     outer_lr: Annotated[float, Meta(gt=0, le=10)] = 1.0
     outer_momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # Nesterov's, on the mean difference
 
+    @property
+    def sparse(self) -> bool:
+        """Whether a round leaves weights out."""
+        return self.density < 1.0 or self.topk < 1.0
+
     def check(self) -> None:
         """Raises ``ConfigError`` for settings that are fine one by one but make no sense together."""
         if self.every is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 from .config import EvalConfig, Sync
@@ -38,6 +39,33 @@ def fragments(sync: Sync, seed: int, step: int, last: bool) -> range:
     else:
         turn = draw(seed, "fragment", step) % sync.fragments
     return range(turn, turn + 1)
+
+
+def turn(sync: Sync, seed: int, step: int, fragment: int) -> int:
+    """How often ``fragment`` had its turn in the rounds up to ``step``, those that close a generation left out.
+
+    The round's mask moves on with it, so that every weight has its turn as well.
+    """
+    if sync.every is not None:
+        rounds = (step + 1) // (sync.every // sync.fragments)
+        return (rounds - fragment) // sync.fragments + 1
+    blocks, rest = divmod(step + 1, _BLOCK)
+    return sum(_turns(sync, seed, block, _BLOCK)[fragment] for block in range(blocks)) + (
+        _turns(sync, seed, blocks, rest)[fragment]
+    )
+
+
+_BLOCK = 1024
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _turns(sync: Sync, seed: int, block: int, count: int) -> tuple[int, ...]:
+    """The turns of each fragment in the first ``count`` steps of a block."""
+    turns = [0] * sync.fragments
+    for step in range(block * _BLOCK, block * _BLOCK + count):
+        if is_round(sync, seed, step):
+            turns[fragments(sync, seed, step, last=False)[0]] += 1
+    return tuple(turns)
 
 
 def is_eval(config: EvalConfig, steps: int, position: int) -> bool:

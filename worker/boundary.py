@@ -205,13 +205,17 @@ class Boundary:
     def received(self, frame: Frame, attempt: int = 0) -> tuple[Tensor, Tensor] | None:
         """Hidden states [B, T, D] (fp32) and targets [B, T] (int64) of an activation; None if a value is missing.
 
-        ``WireError`` for a payload that no sender makes, other samples than the plan's, another attempt than asked
-        for, or a delta in the second.
+        ``WireError`` for a payload that no sender makes, other samples than the plan's, targets that are no tokens,
+        another attempt than asked for, or a delta in the second.
         """
         header, payload = frame.header, memoryview(frame.payload)
         hidden_spec, ids_spec = header.tensors[:2]
         hidden_end, ids_end = hidden_spec.nbytes, hidden_spec.nbytes + ids_spec.nbytes
+        if hidden_spec.shape[0] != (size := self.size(header.part, header.microbatch)):
+            raise WireError(f"microbatch {header.microbatch} of {hidden_spec.shape[0]} samples, not {size}")
         targets = decode_ids(payload[hidden_end:ids_end], ids_spec)
+        if int(targets.max()) >= self.manifest.vocab_size:
+            raise WireError(f"targets cannot be decoded: a token {int(targets.max())} of {self.manifest.vocab_size}")
         marked = self.memory is not None and header.part == TRAIN
         body = release(
             hidden_spec.codec, payload[:hidden_end], hidden_nbytes(self.forward_codec, hidden_spec.shape, marked)
@@ -230,9 +234,18 @@ class Boundary:
         return None if hidden is None else (hidden, targets)
 
     def received_gradient(self, frame: Frame) -> Tensor:
-        """A gradient [B, T, D] in fp32; ``WireError`` if no encoder makes such bytes."""
+        """A gradient [B, T, D] in fp32; ``WireError`` if no encoder makes such bytes, or it is of fewer samples."""
         (spec,), codec = frame.header.tensors, self.backward_codec
+        if spec.shape[0] != self.seat.plan.microbatch_size:
+            raise WireError(f"a gradient of {spec.shape[0]} samples, not {self.seat.plan.microbatch_size}")
         return decoded(codec, release(spec.codec, frame.payload, codec.nbytes(spec.shape)), spec.shape)
+
+    def size(self, part: int, m: int) -> int:
+        """How many samples a microbatch has: fewer only in the last one of an evaluation."""
+        if part == TRAIN:
+            return self.seat.plan.microbatch_size
+        most = self.config.pipeline.microbatch_size
+        return min(most, self.config.eval.samples - m * most)
 
     def samples(self, step: int, m: int) -> list[int]:
         """Which samples of the corpus a microbatch is made of: the same numbers in every epoch."""

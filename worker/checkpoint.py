@@ -191,6 +191,8 @@ def _state(tensors: dict[str, Tensor], metadata: dict[str, str], wanted: SavePoi
             raise ValueError(f"its {name} has another size")
         if vector.dtype != torch.float32 or not torch.isfinite(vector).all():
             raise ValueError(f"its {name} is not made of finite fp32 numbers")
+    if bool((tensors["v"] < 0).any()):
+        raise ValueError("its v, means of squares, has negative numbers")
     updates, pending = int(metadata["updates"]), int(metadata["pending"])
     if not (0 <= updates < 2**31 and 0 <= pending < 2**53):
         raise ValueError("its counts are impossible")

@@ -228,8 +228,9 @@ class Engine:
         """Captures a round; runs it beside the next step, or right now (``wait``)."""
         assert self._synchronizer and self.stage
         run = self.config.run
-        turn = fragments(self.sync_rule, run.seed, done - 1, last=done == run.steps)
-        capture = self._synchronizer.capture(self.stage, done, self._since, turn)
+        last = done == run.steps
+        turn = fragments(self.sync_rule, run.seed, done - 1, last)
+        capture = self._synchronizer.capture(self.stage, done, self._since, turn, full=last)
         self._since, self._captured = 0, done
         self.local = replace(self.local, round=done)
         generation, synchronizer = self.local.generation, self._synchronizer

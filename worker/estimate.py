@@ -94,19 +94,23 @@ def estimate(config: RunConfig, vocab_size: int, replicas: int) -> Estimate:
 
     rounds, sent = 0, [0.0] * len(sizes)
     pieces = {(n, f): round_nbytes(config, n, f, replicas) for n in set(sizes) for f in range(sync.fragments)}
-    for step in range(steps):
-        last = step + 1 == config.steps
-        if last or is_round(sync, config.seed, step):
+    for step in range(min(steps, config.steps - 1)):
+        if is_round(sync, config.seed, step):
             rounds += 1
-            for f in fragments(sync, config.seed, step, last):
+            for f in fragments(sync, config.seed, step, last=False):
                 sent = [total + pieces[n, f] for total, n in zip(sent, sizes, strict=True)]
-    weights_per_step = sum(sent) / steps
+    closing = [sum(round_nbytes(config, n, f, replicas, full=True) for f in range(sync.fragments)) for n in sizes]
+    per_round = max(1, min(steps, config.steps - 1))
+    sent = [
+        total / per_round * (1 - 1 / config.steps) + last / config.steps
+        for total, last in zip(sent, closing, strict=True)
+    ]
 
     machines = []
     for s, (n, total) in enumerate(zip(sizes, sent, strict=True)):
         ahead = pipeline.microbatches * forward + held_out_per_step / replicas
         back = pipeline.microbatches * gradient
-        exchanged = total / steps / replicas
+        exchanged = total / replicas
         machines.append(
             Machine(
                 stage=s,
@@ -121,7 +125,7 @@ def estimate(config: RunConfig, vocab_size: int, replicas: int) -> Estimate:
         nbytes={
             Purpose.ACTIVATION: boundaries * (per_step * forward + held_out_per_step) / tokens,
             Purpose.GRADIENT: boundaries * per_step * gradient / tokens,
-            Purpose.WEIGHTS: weights_per_step / tokens,
+            Purpose.WEIGHTS: sum(sent) / tokens,
         },
         dense={
             Purpose.ACTIVATION: dense_boundary * (1 + evaluated / steps * config.eval.samples * model.seq_len / tokens),
@@ -131,7 +135,7 @@ def estimate(config: RunConfig, vocab_size: int, replicas: int) -> Estimate:
         machines=tuple(machines),
         tokens=tokens,
         chain_tokens=chain_tokens,
-        steps_per_round=steps / max(1, rounds),
+        steps_per_round=steps / max(1, rounds + (steps == config.steps)),
     )
 
 
@@ -155,13 +159,16 @@ def gradient_nbytes(config: RunConfig, samples: int) -> float:
     return frame_nbytes(Kind.GRADIENT, [TensorSpec(codec=codec.spec, shape=shape, nbytes=codec.nbytes(shape))])
 
 
-def round_nbytes(config: RunConfig, n: int, fragment: int, replicas: int) -> float:
-    """What all replicas of a stage of ``n`` weights send together in a round of one fragment."""
+def round_nbytes(config: RunConfig, n: int, fragment: int, replicas: int, *, full: bool = False) -> float:
+    """What all replicas of a stage of ``n`` weights send together in a round of one fragment; ``full``: in the last."""
     sync = config.sync.resolved()
     start, end = parts(n, sync.fragments)[fragment]
     total = 0.0
+    if replicas == 1:
+        return total
     for a, b in parts(end - start, replicas):
-        payload = round(codec_of(sync).expected(Mask(b - a, sync.density, 0).count))
+        count = b - a if full else Mask(b - a, sync.density, 0).count
+        payload = round(codec_of(sync, full=full).expected(count))
         each = frame_nbytes(Kind.SHARD, [TensorSpec(codec=WEIGHTS, shape=(b - a,), nbytes=payload)])
         total += 2 * (replicas - 1) * each  # the others' shards to their owner, his mean to them
     return total

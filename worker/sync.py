@@ -12,6 +12,7 @@ returns to g (explicit: SparseLoCo, arXiv 2508.15706). With everything sent and 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from ..protocol.config import RunConfig, Sync
 from ..protocol.errors import StateError, WireError
 from ..protocol.frames import Frame, Kind, TensorSpec, make_frame
 from ..protocol.plan import SavePoint
-from ..protocol.schedule import draw
+from ..protocol.schedule import draw, turn
 from .boundary import Seat
 from .mailbox import Address
 from .pipeline import Wire
@@ -36,15 +37,19 @@ from .squeeze import release, squeeze
 from .stage import Owned, Stage, State, digest
 
 WEIGHTS = "sync"  # codec name of a round's payload on the wire
+LAST_BITS = 8
 
 
-def codec_of(sync: Sync) -> SyncCodec:
+def codec_of(sync: Sync, *, full: bool = False) -> SyncCodec:
+    """What the values of a round go through; ``full``: of a run's last round, in which everything is sent."""
+    if full and sync.sparse:
+        return SyncCodec(bits=max(sync.bits, LAST_BITS))
     return SyncCodec(topk=sync.topk, chunk=sync.chunk, bits=sync.bits)
 
 
 def most_nbytes(sync: Sync, n: int) -> int:
     """The longest payload that a round's piece for ``n`` weights can have."""
-    return codec_of(sync).bound(Mask(n, sync.density, 0).count)
+    return max(codec_of(sync).bound(Mask(n, sync.density, 0).count), codec_of(sync, full=True).bound(n))
 
 
 def parts(n: int, count: int) -> list[tuple[int, int]]:
@@ -59,6 +64,7 @@ class Capture:
     state: State  # x, g, m, v as they were
     samples: int
     fragments: tuple[int, ...]
+    full: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +85,6 @@ class Synchronizer:
     def __init__(self, config: RunConfig, seat: Seat, stage: Stage, state: State, wire: Wire) -> None:
         self.config, self.seat, self.wire = config, seat, wire
         self.sync = config.sync.resolved()
-        self.codec = codec_of(self.sync)
         replicas = len(seat.plan.stages[seat.stage].replicas)
         # Of every fragment: where it lies in the stage's vector, and where its owners' shards lie in the fragment.
         self.fragments = parts(stage.size, self.sync.fragments)
@@ -98,8 +103,14 @@ class Synchronizer:
             whole = torch.cat([torch.zeros(f.n) if k is None else k for f, k in zip(self.feedback, kept, strict=True)])
         return replace(state, feedback=whole, owned=self.owned)
 
-    def capture(self, stage: Stage, steps_done: int, samples: int, fragments: Iterable[int]) -> Capture:
-        """Copies what the round needs, so that training may go on."""
+    def capture(
+        self, stage: Stage, steps_done: int, samples: int, fragments: Iterable[int], *, full: bool = False
+    ) -> Capture:
+        """Copies what the round needs, so that training may go on.
+
+        ``full``: the round that ends a run, in which neither mask nor top-k leaves anything out. What a sparse round
+        leaves in the replicas' own weights would be lost to the model that is published.
+        """
         plan = self.seat.plan
         point = SavePoint(
             kind="round",
@@ -108,7 +119,7 @@ class Synchronizer:
             first_layer=stage.first,
             last_layer=stage.last,
         )
-        return Capture(state=stage.state(point), samples=samples, fragments=tuple(fragments))
+        return Capture(state=stage.state(point), samples=samples, fragments=tuple(fragments), full=full)
 
     def exchange(self, capture: Capture) -> Outcome:
         """The whole round; blocks on the other replicas. Raises ``Fenced`` when the generation ends meanwhile."""
@@ -129,17 +140,21 @@ class Synchronizer:
             if alone:
                 mean, residual = residual, torch.zeros_like(residual)
             else:
-                mean, sent_nbytes = self._average(f, before.point.step, residual, capture.samples)
+                mean, sent_nbytes = self._average(f, before.point.step, residual, capture)
                 nbytes += sent_nbytes
             if alone and self.sync.outer_lr == 1.0 and momentum is None and unsent is None:
                 g[here] = x[here]  # not g + (x - g), which rounds
             else:
-                g[here].add_(self._outer(mean, None if momentum is None else momentum[here]), alpha=self.sync.outer_lr)
+                g[here].add_(self._outer(mean, None if momentum is None else momentum[here]))
             x[here] = g[here]
             if unsent is not None:
                 unsent[here] = residual
             else:
                 x[here].add_(residual, alpha=self.sync.decay)
+        if not all(math.isfinite(end) for end in torch.aminmax(g)):
+            if len(self.seat.plan.stages[self.seat.stage].replicas) == 1:
+                raise diverged("the weights have infinite or NaN elements")
+            raise WireError("a round that makes weights infinite")
         point = replace(before.point, digest=digest(g))
         after = self.owing(replace(before, point=point, g=g, x=x, momentum=momentum, unsent=unsent))
         return Outcome(
@@ -151,32 +166,32 @@ class Synchronizer:
             seconds=time.perf_counter() - started,
         )
 
-    def _average(self, f: int, step: int, residual: Tensor, samples: int) -> tuple[Tensor, int]:
+    def _average(self, f: int, step: int, residual: Tensor, capture: Capture) -> tuple[Tensor, int]:
         """Reduce-scatter and all-gather of a fragment.
 
         Takes what was sent out of ``residual``; returns the mean, zero where nobody sent anything, and bytes sent.
         """
         seat, bounds, nbytes = self.seat, self.shards[f], 0
         peers = [r.peer for r in seat.plan.stages[seat.stage].replicas]
-        seeds = [draw(self.config.seed, "mask", seat.stage, step, f, j) % 2**63 for j in range(len(peers))]
-        masks = [Mask(end - start, self.sync.density, seed) for (start, end), seed in zip(bounds, seeds, strict=True)]
+        codec = codec_of(self.sync, full=capture.full)
+        masks = [self._mask(f, j, step, end - start, capture.full) for j, (start, end) in enumerate(bounds)]
         mine, pieces = masks[seat.replica], list[tuple[Sparse, int]]()
         for j, (start, end) in enumerate(bounds):
             values = masks[j].gather(residual[start:end]).clone()
-            encoded = self._encoded(values)
+            encoded = self._encoded(codec, values)
             masks[j].put(residual[start:end], encoded.sent.add_to(values, scale=-1.0))
             if j == seat.replica:
-                pieces.append((encoded.sent, samples))
+                pieces.append((encoded.sent, capture.samples))
             else:
-                nbytes += self._post(peers[j], Kind.SHARD, step, f, end - start, encoded.payload, samples)
+                nbytes += self._post(peers[j], Kind.SHARD, step, f, end - start, encoded.payload, capture.samples)
         for i in range(len(peers)):
             if i != seat.replica:
                 frame = self._take(Kind.SHARD, step, f, i)
                 if (weight := frame.header.targets) >= MAX_WEIGHT:
                     raise WireError(f"a round's piece that says it is of {weight} samples")
-                pieces.append((self._decoded(frame, mine.count), weight))
+                pieces.append((self._decoded(codec, frame, mine.count), weight))
         owed = self.feedback[f].compensated(mine, weighted_mean(pieces, mine.count))
-        decided = self._encoded(owed)
+        decided = self._encoded(codec, owed)
         self.feedback[f].keep(mine, owed, decided.sent)
         length = bounds[seat.replica][1] - bounds[seat.replica][0]
         for i, peer in enumerate(peers):
@@ -187,29 +202,37 @@ class Synchronizer:
             if j == seat.replica:
                 sent = decided.sent
             else:
-                sent = self._decoded(self._take(Kind.MEAN, step, f, j), masks[j].count)
+                sent = self._decoded(codec, self._take(Kind.MEAN, step, f, j), masks[j].count)
             masks[j].put(whole[start:end], sent.dense(masks[j].count))
         return whole, nbytes
 
+    def _mask(self, f: int, owner: int, step: int, n: int, full: bool) -> Mask:
+        """Which of an owner's ``n`` weights a round opens; it moves on from round to round."""
+        seed = draw(self.config.seed, "mask", self.seat.stage, f, owner) % 2**63
+        at = turn(self.sync, self.config.seed, step - 1, f)
+        return Mask(n, 1.0 if full else self.sync.density, seed, at)
+
     def _outer(self, mean: Tensor, momentum: Tensor | None) -> Tensor:
-        """The outer optimizer's direction: the mean, or Nesterov's as in DiLoCo (updates ``momentum`` in place)."""
-        if momentum is None:
-            return mean
-        momentum.mul_(self.sync.outer_momentum).add_(mean)
-        return mean.add(momentum, alpha=self.sync.outer_momentum)
+        """The outer optimizer's step: along the mean, or Nesterov's as in DiLoCo. Writes to both of its arguments.
 
-    def _encoded(self, values: Tensor) -> Encoded:
+        Each product is rounded by itself: torch's ``alpha`` is a fused multiply-add on some CPUs and two roundings on
+        others, and all replicas must come to the same bits.
+        """
+        if momentum is not None:
+            momentum.mul_(self.sync.outer_momentum).add_(mean)
+            mean.add_(momentum * self.sync.outer_momentum)
+        return mean.mul_(self.sync.outer_lr)
+
+    def _encoded(self, codec: SyncCodec, values: Tensor) -> Encoded:
         try:
-            return self.codec.encode(values)
+            return codec.encode(values)
         except CodecError as error:
-            raise StateError(
-                f"training has diverged ({error})", hint="Start again from a published model with a lower optimizer.lr."
-            ) from None
+            raise diverged(str(error)) from None
 
-    def _decoded(self, frame: Frame, count: int) -> Sparse:
+    def _decoded(self, codec: SyncCodec, frame: Frame, count: int) -> Sparse:
         (spec,) = frame.header.tensors
         try:
-            return self.codec.decode(release(spec.codec, frame.payload, self.codec.bound(count)), count)
+            return codec.decode(release(spec.codec, frame.payload, codec.bound(count)), count)
         except CodecError as error:
             raise WireError(f"a round's piece cannot be decoded: {error}") from None
 
@@ -237,6 +260,12 @@ class Synchronizer:
     def _take(self, kind: Kind, step: int, f: int, replica: int) -> Frame:
         sender = self.seat.plan.stages[self.seat.stage].replicas[replica].peer
         return self.wire.take(Address(self.seat.plan.generation, kind, step, f, replica, sender))
+
+
+def diverged(why: str) -> StateError:
+    return StateError(
+        f"training has diverged ({why})", hint="Start again from a published model with a lower optimizer.lr."
+    )
 
 
 def apply(stage: Stage, outcome: Outcome, *, late: bool) -> None:

@@ -1,6 +1,7 @@
 """Seeded positions: exact number, sorted, distinct, even, and the same everywhere for ever."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
@@ -24,7 +25,7 @@ def test_positions_are_sorted_distinct_and_counted(n: int, density: float, seed:
     assert torch.equal(positions, seeded_indices(n, density, seed))
 
 
-def by_definition(n: int, m: int, seed: int) -> list[int]:
+def by_definition(n: int, m: int, seed: int, turn: int) -> list[int]:
     """The module's docstring in Python's unbounded integers."""
     word, golden = (1 << 64) - 1, 0x9E3779B97F4A7C15
 
@@ -36,17 +37,22 @@ def by_definition(n: int, m: int, seed: int) -> list[int]:
     key = mix((seed & word) ^ golden)
     edges = [i * n // m for i in range(m + 1)]
     hashes = [mix((i + 1) * golden + key & word) >> 32 for i in range(m)]
-    drawn = [a + (h * (b - a) >> 32) for a, b, h in zip(edges, edges[1:], hashes, strict=False)]
-    return sorted((p + mix(key)) % n for p in drawn)
+    return [a + ((h * (b - a) >> 32) + turn) % (b - a) for a, b, h in zip(edges, edges[1:], hashes, strict=False)]
 
 
-@given(n=st.integers(1, 6000) | st.integers(1, 1 << 41), m=st.integers(1, 5000), seed=st.integers(0, 1 << 64))
+@given(
+    n=st.integers(1, 6000) | st.integers(1, 1 << 41),
+    m=st.integers(1, 5000),
+    seed=st.integers(0, 1 << 64),
+    turn=st.integers(0, 1 << 40),
+)
 @settings(max_examples=100, deadline=None)
-def test_positions_are_those_of_the_definition(n: int, m: int, seed: int) -> None:
+def test_positions_are_those_of_the_definition(n: int, m: int, seed: int, turn: int) -> None:
     density = min(1.0, m / n)
     m = count(n, density)
     if n // m < 1 << 31:
-        assert seeded_indices(n, density, seed).tolist() == (by_definition(n, m, seed) if m < n else list(range(n)))
+        wanted = by_definition(n, m, seed, turn) if m < n else list(range(n))
+        assert seeded_indices(n, density, seed, turn).tolist() == wanted
 
 
 @given(n=st.integers(0, 6000), density=st.floats(1e-3, 1.0), seed=st.integers(0, 1 << 64), stride=st.integers(1, 3))
@@ -83,15 +89,27 @@ def test_density_one_is_everything_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize("density", [0.1, 0.37, 0.7, 0.95])
-def test_every_position_has_the_same_chance(density: float) -> None:
+def test_the_seed_gives_every_position_of_a_stratum_the_same_chance(density: float) -> None:
     n, rounds = 211, 4000
+    m = count(n, density)
     hits = torch.zeros(n)
     for seed in range(rounds):
         hits[seeded_indices(n, density, seed)] += 1
-    p = count(n, density) / n
-    deviation = (hits - rounds * p) / (rounds * p * (1 - p)) ** 0.5
+    edges = [i * n // m for i in range(m + 1)]
+    p = torch.cat([torch.full((b - a,), 1 / (b - a)) for a, b in pairwise(edges)])
+    assert torch.equal(hits[p == 1], torch.full_like(hits[p == 1], rounds))
+    free = p < 1
+    deviation = (hits - rounds * p)[free] / (rounds * p * (1 - p))[free] ** 0.5
     assert deviation.abs().max() < 4.5
     assert 0.7 < deviation.square().mean() < 1.3
+
+
+@pytest.mark.parametrize(("n", "density"), [(1000, 0.1), (997, 0.1), (500, 0.37), (100, 0.9), (64, 0.02)])
+def test_every_position_has_its_turn_in_as_many_rounds_as_a_stratum_is_wide(n: int, density: float) -> None:
+    width = -(-n // count(n, density))
+    turns = [seeded_indices(n, density, 5, turn) for turn in range(7, 7 + width)]
+    assert torch.cat(turns).unique().numel() == n
+    assert not torch.equal(turns[0], turns[1])
 
 
 def test_neighbouring_seeds_overlap_as_chance_has_it() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from potluck.protocol.config import convert, dump
+from potluck.protocol.frames import Purpose
+from potluck.worker.estimate import estimate
 
 RUN = {
     "name": "estimated",
@@ -48,3 +50,11 @@ def test_the_estimate_is_what_the_meters_count(network: Any, rule: str) -> None:
     sent = dict(network.rows("SELECT purpose, SUM(nbytes) FROM traffic WHERE direction = 'out' GROUP BY purpose"))
     for purpose, per_token in estimated["nbytes"].items():
         assert sent[purpose] / tokens == pytest.approx(per_token, rel=0.03), purpose
+
+
+def test_one_replica_of_a_stage_exchanges_nothing_however_large_it_is() -> None:
+    model = {"d_model": 4096, "layers": 28, "heads": 16, "rotary_dim": 64, "seq_len": 2048}
+    config = convert({"model": model, "pipeline": {"stages": 2}, "sync": {"preset": "diloco"}})
+    found = estimate(config, 50400, 1)
+    assert found.nbytes[Purpose.WEIGHTS] == 0
+    assert max(m.parameters for m in found.machines) > 2**31

@@ -8,7 +8,7 @@ import pytest
 
 from potluck.protocol.config import PRESETS, Sync, SyncConfig, parse
 from potluck.protocol.errors import ConfigError
-from potluck.protocol.schedule import fragments, is_applied, is_round
+from potluck.protocol.schedule import fragments, is_applied, is_round, turn
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -36,6 +36,18 @@ def test_a_coin_falls_for_each_fragment_as_often_as_it_says() -> None:
     sync = Sync(coin=0.1, fragments=4)
     turns = Counter(f for s in range(10_000) if is_round(sync, 3, s) for f in fragments(sync, 3, s, last=False))
     assert all(900 < turns[f] < 1100 for f in range(4))
+
+
+@pytest.mark.parametrize(
+    "sync", [Sync(every=20, fragments=5), Sync(every=3), Sync(coin=0.1, fragments=3), Sync(coin=0.2)]
+)
+def test_a_fragments_turn_counts_its_own_rounds(sync: Sync) -> None:
+    seen = {f: turn(sync, 1, 0, f) for f in range(sync.fragments)}
+    for step in range(1, 3000):
+        here = set(fragments(sync, 1, step, last=False)) if is_round(sync, 1, step) else set()
+        now = {f: turn(sync, 1, step, f) for f in range(sync.fragments)}
+        assert now == {f: seen[f] + (f in here) for f in seen}
+        seen = now
 
 
 def test_a_closing_round_and_the_last_one_exchange_everything() -> None:

@@ -16,7 +16,7 @@ from potluck.protocol.errors import WireError
 from potluck.protocol.frames import Frame, Header, Kind, TensorSpec
 from potluck.protocol.manifest import Manifest
 from potluck.protocol.plan import Plan, Replica, StagePlan
-from potluck.worker.boundary import TRAIN, Boundary, Memory, Seat, boundary_check, routes_of
+from potluck.worker.boundary import EVAL, TRAIN, Boundary, Memory, Seat, boundary_check, routes_of
 from potluck.worker.links import frame_check
 
 AQ = {"forward": "int4:tile=64", "backward": "int8:tile=64", "reuse": True, "cache_gb": 0.01}
@@ -158,6 +158,28 @@ def test_a_microbatch_of_other_samples_is_refused(make_config, tmp_path):
             b.received(bad)
     found = b.received(frame)
     assert found is not None and found[0].shape == hidden.shape
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_other_sizes_and_targets_than_the_plans_never_reach_torch(make_config, tmp_path, reuse):
+    """Fewer samples in a gradient, or a target outside of the vocabulary, would be an error that ends the worker."""
+    config, plan = make_config(activations={**AQ, "reuse": reuse}), a_plan("a", "b")
+    a, b = (Boundary(config, seat_of(plan, p), MANIFEST, Memory(config, tmp_path / p) if reuse else None) for p in "ab")
+    hidden, targets = torch.randn(2, 16, 32), torch.full((2, 16), MANIFEST.vocab_size - 1)
+    found = b.received(a.activation(0, TRAIN, 0, hidden, targets)[0])
+    assert found is not None
+    assert torch.equal(found[1], targets)
+    assert a.received_gradient(b.gradient(0, 0, hidden)).shape == hidden.shape
+    with pytest.raises(WireError, match="of 1 samples, not 2"):
+        a.received_gradient(b.gradient(0, 0, hidden[:1]))
+    if not reuse:
+        with pytest.raises(WireError, match="of 1 samples, not 2"):
+            b.received(a.activation(0, TRAIN, 0, hidden[:1], targets[:1])[0])
+    for part in (TRAIN, EVAL):
+        with pytest.raises(WireError, match="token 300 of 300"):
+            b.received(a.activation(0, part, 0, hidden, targets + 1)[0])
+    held_out = config.eval.samples
+    assert [b.size(EVAL, m) for m in range(-(-held_out // 2))] == [2] * (held_out // 2) + [1] * (held_out % 2)
 
 
 def test_any_marks_give_a_value_a_miss_or_a_wire_error(make_config, tmp_path):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from potluck.coordinator import events, state
-from potluck.protocol.errors import StateError
+from potluck.protocol.errors import StateError, WireError
 from potluck.protocol.frames import Frame
-from potluck.worker.stage import digest
+from potluck.protocol.plan import SavePoint
+from potluck.worker.checkpoint import from_bytes, to_bytes
+from potluck.worker.stage import State, digest
 
 
 def unbroken(local_run, config, peers):
@@ -32,11 +35,11 @@ def test_a_corrupted_replica_is_found_and_takes_the_state_over_anew(local_run, m
 
     hits: list[int] = []
 
-    def corrupt(capture, stage, done, *rest):
+    def corrupt(capture, stage, done, *rest, **how):
         if done == 4 and not hits:
             hits.append(done)
             stage.g[5] += 1.0
-        return capture(stage, done, *rest)
+        return capture(stage, done, *rest, **how)
 
     def on_event(event: events.Event) -> None:
         if isinstance(event, events.TrainingStarted) and event.step == 0:
@@ -171,3 +174,17 @@ def test_a_diverged_run_says_so(local_run, make_config):
     with pytest.raises(StateError, match="diverged") as caught:
         ours.finish()
     assert "optimizer.lr" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("v", "negative"), ("g", "not the run's"), ("m", "finite"), ("unsent", "size")]
+)
+def test_a_donors_state_is_checked_before_it_is_used(name, why):
+    """The digest is of ``g`` only; negative means of squares would make every weight NaN in the next step."""
+    vectors = {n: torch.ones(10) for n in ("g", "m", "v", "unsent")}
+    point = SavePoint(kind="round", generation=1, step=2, first_layer=0, last_layer=1, digest=digest(vectors["g"]))
+    good = State(point=point, updates=2, **vectors)
+    assert torch.equal(from_bytes(to_bytes(good), point, 10).v, good.v)
+    wrong = {"v": -torch.ones(10), "g": torch.zeros(10), "m": torch.full((10,), torch.inf), "unsent": torch.ones(11)}
+    with pytest.raises(WireError, match=why):
+        from_bytes(to_bytes(replace(good, **{name: wrong[name]})), point, 10)

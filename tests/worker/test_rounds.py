@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from potluck.protocol.config import RunConfig
+from potluck.protocol.errors import StateError, WireError
 from potluck.protocol.frames import Frame
 from potluck.protocol.plan import Plan, Replica, SavePoint, StagePlan
 from potluck.worker.boundary import Seat
@@ -73,11 +76,11 @@ class Crew:
             stage.x.add_(step)
         return steps
 
-    def exchange(self, weights: list[int], fragments: range | None = None) -> list[Outcome]:
+    def exchange(self, weights: list[int], fragments: range | None = None, *, full: bool = False) -> list[Outcome]:
         self.rounds += 1
         turn = range(self.rule.fragments) if fragments is None else fragments
         captures = [
-            s.capture(stage, self.rounds, w, turn)
+            s.capture(stage, self.rounds, w, turn, full=full)
             for s, stage, w in zip(self.synchronizers, self.stages, weights, strict=True)
         ]
         outcomes: dict[int, Outcome] = {}
@@ -156,6 +159,21 @@ def test_the_outer_step_is_dilocos(make_crew, momentum):
             torch.testing.assert_close(stage.g.double(), g, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_outer_step_has_the_same_bits_on_every_cpu(make_crew, momentum):
+    """Each product is rounded, then each sum, as numpy does: a CPU that fused the two would be on its own."""
+    crew = make_crew(1, preset="diloco", outer_lr=0.7, outer_momentum=momentum)
+    g, m = crew.stages[0].g.numpy().copy(), 0.0
+    for _ in range(3):
+        crew.drift(0.3)
+        mean = crew.stages[0].x.numpy() - g
+        m = np.float32(momentum) * m + mean
+        direction = mean + np.float32(momentum) * m if momentum else mean
+        g = g + np.float32(0.7) * direction
+        crew.round()
+        assert crew.stages[0].g.numpy().tobytes() == g.astype(np.float32).tobytes()
+
+
 @pytest.mark.parametrize(
     "sync",
     [{"preset": "cocktail"}, {"preset": "potluck"}, {"preset": "potluck", "topk": 0.03, "chunk": 512, "bits": 2}],
@@ -223,6 +241,29 @@ def test_a_fragments_round_touches_nothing_else(make_crew):
     assert not torch.equal(crew.stages[0].g[inside], g[inside])
 
 
+@pytest.mark.parametrize(
+    "sync",
+    [{"preset": "cocktail"}, {"preset": "sparseloco", "chunk": 512}, {"preset": "potluck", "fragments": 3, "bits": 2}],
+    ids=str,
+)
+def test_the_last_round_leaves_nothing_out(make_crew, sync):
+    """What sparse rounds left in the replicas' weights, in buffers and with the owners is in the model at the end."""
+    crew = make_crew(3, **sync)
+    total = crew.stages[0].x.double()
+    for i in range(5):
+        total += torch.stack(crew.drift()).double().mean(0)
+        crew.round(fragments=range(i % crew.rule.fragments, i % crew.rule.fragments + 1))
+    before = (crew.stages[0].g - total).abs().max()
+    for stage, outcome in zip(crew.stages, crew.exchange([1, 1, 1], full=True), strict=True):
+        apply(stage, outcome, late=False)
+    if crew.rule.decay < 1:  # a decayed buffer forgets on purpose
+        left = crew.stages[0].unsent
+        assert left is not None and left.abs().max() < 1e-4
+        return
+    after = (crew.stages[0].g - total).abs().max()
+    assert after < 1e-4 < 1e-3 < before  # 8 bits of what is left
+
+
 def test_owners_debts_survive_a_restart_and_belong_to_their_shards(make_crew):
     crew = make_crew(2, preset="cocktail", fragments=1)
     for _ in range(3):
@@ -234,3 +275,20 @@ def test_owners_debts_survive_a_restart_and_belong_to_their_shards(make_crew):
     assert torch.equal(again.feedback[0].state(), one.feedback[0].state())
     other = replace(one.seat, replica=1)
     assert Synchronizer(crew.config, other, crew.stages[0], state, one.wire).feedback[0].state() is None
+
+
+def test_weights_that_are_not_finite_are_never_agreed_on(make_crew):
+    """Alone there is no codec to refuse them; with others, pieces may be finite and what they lead to not."""
+    one = make_crew(1, preset="diloco")
+    one.stages[0].x[3] = torch.nan
+    with pytest.raises(StateError, match="diverged"):
+        one.synchronizers[0].exchange(one.synchronizers[0].capture(one.stages[0], 1, 1, [0]))
+    two = make_crew(2, preset="diloco", outer_lr=10.0)
+    for stage in two.stages:
+        stage.x[3] = 2e38
+    with ThreadPoolExecutor() as pool:
+        pairs = zip(two.synchronizers, two.stages, strict=True)
+        rounds = [pool.submit(s.exchange, s.capture(stage, 1, 1, [0])) for s, stage in pairs]
+    for done in rounds:
+        with pytest.raises(WireError, match="infinite"):
+            done.result()
