@@ -174,10 +174,10 @@ Searched at one seed, local rate / outer rate and held-out loss (rates {", ".joi
 
 ## Weights
 
-Uncompressed fp32 boundaries. A run that sends only a part in each round ends with one round in which everything is sent,
-in 8 bits: that one is left out of the measured bytes, since these runs are so short. "At GPT-J's shape" is what the same
-settings send with 6.05 B parameters, 4 stages x 4 replicas, 16 x 2,048 tokens a replica and step, over 20,000 steps and
-with the last round (calculated by `potluck estimate`'s code).
+Uncompressed fp32 boundaries. A run that sends only a part in each round ends with one round in which everything is
+sent, in 8 bits: that one is left out of the measured bytes, since these runs are so short. "At GPT-J's shape" is what
+the same settings send with 6.05 B parameters, 4 stages x 4 replicas, 16 x 2,048 tokens a replica and step, over 20,000
+steps and with the last round (calculated by `potluck estimate`'s code).
 
 {chr(10).join(weights_table(runs, groups["weights"]))}
 

@@ -25,7 +25,7 @@ _OPTION = r"tile=(32|64|128)|zero|hadamard|random|outliers=[1-9][0-9]{0,3}"
 Codec = Annotated[
     str,
     Meta(
-        pattern=rf"^(fp32|fp16|bf16|int[23468](:({_OPTION})(,({_OPTION}))*)?)$",
+        pattern=rf"^(fp32|fp16|bf16|int[23468](:({_OPTION})(,({_OPTION}))*)?)\Z",
         description="must be fp32, fp16, bf16 or int2, int3, int4, int6, int8, with options like"
         " :tile=128,hadamard if you like (tile=32|64|128, zero, hadamard, random, outliers=K)",
     ),
@@ -260,7 +260,7 @@ class RunConfig(Section, frozen=True, kw_only=True):
     name: Annotated[
         str,
         Meta(
-            pattern=r"^[a-z0-9][a-z0-9-]{0,62}$",
+            pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z",
             description="must be of lower-case letters, digits and -, 63 at most",
         ),
     ] = "run"

@@ -9,6 +9,7 @@
       RefusedError          the coordinator said no
       UnreachableError      nobody answers, or somebody else answers
       WireError             a peer sent something that is not allowed
+      DivergedError         numbers are not finite any more
       StateError            the run's files on disk are missing, damaged, or cannot be written
       CapacityError         the run does not fit the machines offered
 
@@ -56,6 +57,14 @@ class UnreachableError(PotluckError):
 
 class WireError(PotluckError):
     code = "wire"
+
+
+class DivergedError(PotluckError):
+    code = "diverged"
+
+    def __init__(self, why: str) -> None:
+        hint = "Start again from a published model with a lower optimizer.lr."
+        super().__init__(f"training has diverged ({why})", hint=hint)
 
 
 class StateError(PotluckError):

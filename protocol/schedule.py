@@ -50,8 +50,9 @@ def turn(sync: Sync, seed: int, step: int, fragment: int) -> int:
         rounds = (step + 1) // (sync.every // sync.fragments)
         return (rounds - fragment) // sync.fragments + 1
     blocks, rest = divmod(step + 1, _BLOCK)
-    return sum(_turns(sync, seed, block, _BLOCK)[fragment] for block in range(blocks)) + (
-        _turns(sync, seed, blocks, rest)[fragment]
+    return (
+        sum(_turns(sync, seed, block, _BLOCK)[fragment] for block in range(blocks))
+        + (_turns(sync, seed, blocks, rest)[fragment])
     )
 
 

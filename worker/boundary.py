@@ -34,7 +34,7 @@ from ..compression.aq import (
 from ..compression.codec import Codec, CodecError
 from ..compression.registry import build
 from ..protocol.config import RunConfig
-from ..protocol.errors import StateError, WireError
+from ..protocol.errors import DivergedError, WireError
 from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame
 from ..protocol.manifest import Manifest
 from ..protocol.plan import Plan
@@ -145,7 +145,7 @@ class Boundary:
     ) -> tuple[Frame, bool]:
         """Hidden states [B, T, D] and targets [B, T] for the next stage; whether a delta is among them.
 
-        ``StateError`` if a value is not finite: the run has diverged.
+        ``DivergedError`` if a value is not finite.
         """
         shape, marks = tuple(hidden.shape), None
         dense = 2 * hidden.numel()
@@ -181,7 +181,7 @@ class Boundary:
         return frame, any(mark.mode == Mode.DELTA for mark in marks or ())
 
     def gradient(self, step: int, m: int, gradient: Tensor) -> Frame:
-        """The loss's gradient [B, T, D] by what the stage before sent. ``StateError`` if it is not finite."""
+        """The loss's gradient [B, T, D] by what the stage before sent. ``DivergedError`` if it is not finite."""
         payload = encoded(self.backward_codec, gradient, self._seed(Kind.GRADIENT, step, TRAIN, m))
         codec, payload = self._squeezed(self.backward_codec, payload)
         spec = TensorSpec(codec=codec, shape=tuple(gradient.shape), nbytes=len(payload))
@@ -280,13 +280,11 @@ class Boundary:
 
 @contextmanager
 def no_divergence() -> Iterator[None]:
-    """``StateError`` for a tensor that no codec takes because it is not finite: the run has diverged."""
+    """``DivergedError`` for a tensor that no codec takes because it is not finite."""
     try:
         yield
     except CodecError as error:
-        raise StateError(
-            f"training has diverged ({error})", hint="Start again from a published model with a lower optimizer.lr."
-        ) from None
+        raise DivergedError(str(error)) from None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import replace
 import safetensors.torch
 
 from ..protocol import control_pb2 as pb
-from ..protocol.errors import PotluckError, StateError, WireError
+from ..protocol.errors import DivergedError, PotluckError, StateError, WireError
 from ..protocol.plan import Plan, SavePoint
 from ..protocol.schedule import fragments, is_applied, is_round
 from . import plan as rules
@@ -62,6 +62,7 @@ class Engine:
         self._captured = 0
         self._count = 0  # committed rounds seen
         self._committed = 0
+        self._diverged = -1  # the committed round after which it happened
 
     def run(self) -> None:
         try:
@@ -81,14 +82,22 @@ class Engine:
                     except Fenced:
                         self._wait_for_newer(version)
                     except WireError as error:  # a peer sent what nobody can use: all go back to the last round
-                        log.warning("%s", error)
-                        self.hq.report(fault=pb.Fault(generation=self.local.generation, text=str(error)))
-                        self._wait_for_newer(version)
+                        self._go_back(error, version)
+                    except DivergedError as error:  # perhaps of what a peer sent: it counts if it happens again
+                        if self._diverged == view.committed:
+                            raise
+                        self._diverged = view.committed
+                        self._go_back(error, version)
         finally:
             self.mailbox.close()
             self._rounds.shutdown(wait=True, cancel_futures=True)
             if self._memory is not None:
                 self._memory.close()
+
+    def _go_back(self, error: PotluckError, version: int) -> None:
+        log.warning("%s", error)
+        self.hq.report(fault=pb.Fault(generation=self.local.generation, text=str(error)))
+        self._wait_for_newer(version)
 
     def _wait_for_newer(self, version: int) -> None:
         """The mailbox knows of a newer generation: its view is on the way."""
@@ -219,7 +228,8 @@ class Engine:
         )
         replicas = len(self._seat.plan.stages[self._seat.stage].replicas)
         self.hq.counterfactual(round(2 * (replicas - 1) / replicas * 2 * self.stage.size))
-        if is_applied(self.sync_rule, self.config.run.seed, self._captured, done):
+        failed = self._pending is not None and self._pending.done() and self._pending.exception() is not None
+        if failed or is_applied(self.sync_rule, self.config.run.seed, self._captured, done):
             self._finish_pending(late=True)
         if is_round(self.sync_rule, self.config.run.seed, step):
             self._round(done, wait=self.sync_rule.delay == 0)

@@ -18,7 +18,8 @@ from ..protocol.meter import INTERNET
 from ..protocol.plan import split_layers, stage_parameters
 from ..protocol.schedule import fragments, is_eval, is_round
 from .boundary import IDS, MARKS, ids_codec
-from .sync import WEIGHTS, codec_of, parts
+from .shards import codec_of, layout
+from .sync import WEIGHTS
 
 LOOK_AHEAD = 20_000  # steps whose rounds are counted; a longer run goes on like them
 
@@ -162,11 +163,10 @@ def gradient_nbytes(config: RunConfig, samples: int) -> float:
 def round_nbytes(config: RunConfig, n: int, fragment: int, replicas: int, *, full: bool = False) -> float:
     """What all replicas of a stage of ``n`` weights send together in a round of one fragment; ``full``: in the last."""
     sync = config.sync.resolved()
-    start, end = parts(n, sync.fragments)[fragment]
     total = 0.0
     if replicas == 1:
         return total
-    for a, b in parts(end - start, replicas):
+    for a, b in (shard for piece in layout(n, sync.fragments, replicas)[fragment] for shard in piece.shards):
         count = b - a if full else Mask(b - a, sync.density, 0).count
         payload = round(codec_of(sync, full=full).expected(count))
         each = frame_nbytes(Kind.SHARD, [TensorSpec(codec=WEIGHTS, shape=(b - a,), nbytes=payload)])

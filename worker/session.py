@@ -37,7 +37,7 @@ from .mailbox import Mailbox
 from .offer import Say, WorkerConfig
 from .outside import EngineConfig, Views
 from .plan import View
-from .sync import most_nbytes
+from .shards import most_nbytes
 from .warm import warm
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,36 +25,19 @@ from ..compression.feedback import ErrorFeedback
 from ..compression.mask import Mask
 from ..compression.mean import MAX_WEIGHT, weighted_mean
 from ..compression.sync import Encoded, Sparse, SyncCodec
-from ..protocol.config import RunConfig, Sync
-from ..protocol.errors import StateError, WireError
+from ..protocol.config import RunConfig
+from ..protocol.errors import DivergedError, WireError
 from ..protocol.frames import Frame, Kind, TensorSpec, make_frame
 from ..protocol.plan import SavePoint
 from ..protocol.schedule import draw, turn
 from .boundary import Seat
 from .mailbox import Address
 from .pipeline import Wire
+from .shards import Piece, codec_of, layout
 from .squeeze import release, squeeze
 from .stage import Owned, Stage, State, digest
 
 WEIGHTS = "sync"  # codec name of a round's payload on the wire
-LAST_BITS = 8
-
-
-def codec_of(sync: Sync, *, full: bool = False) -> SyncCodec:
-    """What the values of a round go through; ``full``: of a run's last round, in which everything is sent."""
-    if full and sync.sparse:
-        return SyncCodec(bits=max(sync.bits, LAST_BITS))
-    return SyncCodec(topk=sync.topk, chunk=sync.chunk, bits=sync.bits)
-
-
-def most_nbytes(sync: Sync, n: int) -> int:
-    """The longest payload that a round's piece for ``n`` weights can have."""
-    return max(codec_of(sync).bound(Mask(n, sync.density, 0).count), codec_of(sync, full=True).bound(n))
-
-
-def parts(n: int, count: int) -> list[tuple[int, int]]:
-    """[start, end) of ``count`` parts of a vector of length n; sizes differ by at most one."""
-    return [(n * j // count, n * (j + 1) // count) for j in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +68,16 @@ class Synchronizer:
     def __init__(self, config: RunConfig, seat: Seat, stage: Stage, state: State, wire: Wire) -> None:
         self.config, self.seat, self.wire = config, seat, wire
         self.sync = config.sync.resolved()
-        replicas = len(seat.plan.stages[seat.stage].replicas)
-        # Of every fragment: where it lies in the stage's vector, and where its owners' shards lie in the fragment.
-        self.fragments = parts(stage.size, self.sync.fragments)
-        self.shards = [parts(end - start, replicas) for start, end in self.fragments]
-        self.owned = Owned(fragments=self.sync.fragments, replicas=replicas, replica=seat.replica)
-        self.feedback = [ErrorFeedback(end - start) for start, end in (s[seat.replica] for s in self.shards)]
+        self.peers = [r.peer for r in seat.plan.stages[seat.stage].replicas]
+        self.pieces = layout(stage.size, self.sync.fragments, len(self.peers))
+        self.owned = Owned(fragments=self.sync.fragments, replicas=len(self.peers), replica=seat.replica)
+        mine = [piece.shards[seat.replica] for pieces in self.pieces for piece in pieces]
+        self.feedback = [ErrorFeedback(end - start) for start, end in mine]  # by the piece's number
         if state.feedback is not None and state.owned == self.owned:
             for feedback, kept in zip(self.feedback, state.feedback.split([f.n for f in self.feedback]), strict=True):
                 feedback.load(kept)
+        # Steps done when samples were counted from zero; None where an older plan's are among them.
+        self.counted_from = None if seat.plan.origin == "step" else seat.plan.first_step
 
     def owing(self, state: State) -> State:
         """``state`` with what this replica still owes as the owner of its shards."""
@@ -131,18 +115,10 @@ class Synchronizer:
             momentum = torch.zeros_like(g) if momentum is None else momentum.clone()
         if self.sync.feedback == "explicit":
             unsent = torch.zeros_like(g) if unsent is None else unsent.clone()
-        for f in capture.fragments:
-            here = slice(*self.fragments[f])
-            residual = x[here] - g[here]
-            if unsent is not None:
-                residual.add_(unsent[here], alpha=self.sync.decay)
-            alone = len(self.shards[f]) == 1
-            if alone:
-                mean, residual = residual, torch.zeros_like(residual)
-            else:
-                mean, sent_nbytes = self._average(f, before.point.step, residual, capture)
-                nbytes += sent_nbytes
-            if alone and self.sync.outer_lr == 1.0 and momentum is None and unsent is None:
+        for piece, mean, residual, sent_nbytes in self._averages(capture, x, g, unsent):
+            here = slice(piece.start, piece.end)
+            nbytes += sent_nbytes
+            if len(self.peers) == 1 and self.sync.outer_lr == 1.0 and momentum is None and unsent is None:
                 g[here] = x[here]  # not g + (x - g), which rounds
             else:
                 g[here].add_(self._outer(mean, None if momentum is None else momentum[here]))
@@ -151,9 +127,10 @@ class Synchronizer:
                 unsent[here] = residual
             else:
                 x[here].add_(residual, alpha=self.sync.decay)
+        self.counted_from = before.point.step
         if not all(math.isfinite(end) for end in torch.aminmax(g)):
-            if len(self.seat.plan.stages[self.seat.stage].replicas) == 1:
-                raise diverged("the weights have infinite or NaN elements")
+            if len(self.peers) == 1:
+                raise DivergedError("the weights have infinite or NaN elements")
             raise WireError("a round that makes weights infinite")
         point = replace(before.point, digest=digest(g))
         after = self.owing(replace(before, point=point, g=g, x=x, momentum=momentum, unsent=unsent))
@@ -166,51 +143,86 @@ class Synchronizer:
             seconds=time.perf_counter() - started,
         )
 
-    def _average(self, f: int, step: int, residual: Tensor, capture: Capture) -> tuple[Tensor, int]:
-        """Reduce-scatter and all-gather of a fragment.
+    def _averages(
+        self, capture: Capture, x: Tensor, g: Tensor, unsent: Tensor | None
+    ) -> Iterator[tuple[Piece, Tensor, Tensor, int]]:
+        """Reduce-scatter and all-gather, piece by piece, the next one on its way meanwhile.
 
-        Takes what was sent out of ``residual``; returns the mean, zero where nobody sent anything, and bytes sent.
+        Gives the mean of what was sent (zero where nobody sent anything), what of ours was not, and bytes sent.
         """
-        seat, bounds, nbytes = self.seat, self.shards[f], 0
-        peers = [r.peer for r in seat.plan.stages[seat.stage].replicas]
-        codec = codec_of(self.sync, full=capture.full)
-        masks = [self._mask(f, j, step, end - start, capture.full) for j, (start, end) in enumerate(bounds)]
-        mine, pieces = masks[seat.replica], list[tuple[Sparse, int]]()
-        for j, (start, end) in enumerate(bounds):
-            values = masks[j].gather(residual[start:end]).clone()
-            encoded = self._encoded(codec, values)
-            masks[j].put(residual[start:end], encoded.sent.add_to(values, scale=-1.0))
-            if j == seat.replica:
-                pieces.append((encoded.sent, capture.samples))
-            else:
-                nbytes += self._post(peers[j], Kind.SHARD, step, f, end - start, encoded.payload, capture.samples)
-        for i in range(len(peers)):
-            if i != seat.replica:
-                frame = self._take(Kind.SHARD, step, f, i)
-                if (weight := frame.header.targets) >= MAX_WEIGHT:
-                    raise WireError(f"a round's piece that says it is of {weight} samples")
-                pieces.append((self._decoded(codec, frame, mine.count), weight))
-        owed = self.feedback[f].compensated(mine, weighted_mean(pieces, mine.count))
-        decided = self._encoded(codec, owed)
-        self.feedback[f].keep(mine, owed, decided.sent)
-        length = bounds[seat.replica][1] - bounds[seat.replica][0]
-        for i, peer in enumerate(peers):
-            if i != seat.replica:
-                nbytes += self._post(peer, Kind.MEAN, step, f, length, decided.payload, 0)
-        whole = torch.zeros_like(residual)
-        for j, (start, end) in enumerate(bounds):
-            if j == seat.replica:
-                sent = decided.sent
-            else:
-                sent = self._decoded(codec, self._take(Kind.MEAN, step, f, j), masks[j].count)
-            masks[j].put(whole[start:end], sent.dense(masks[j].count))
-        return whole, nbytes
+        pieces = [piece for f in capture.fragments for piece in self.pieces[f]]
+        going: list[tuple[Piece, Tensor, Sparse, int]] = []
+        for piece in [*pieces, None]:
+            if piece is not None:
+                here = slice(piece.start, piece.end)
+                residual = x[here] - g[here]
+                if unsent is not None:
+                    residual.add_(unsent[here], alpha=self.sync.decay)
+                if len(self.peers) == 1:
+                    yield piece, residual, torch.zeros_like(residual), 0
+                    continue
+                going.append((piece, residual, *self._scatter(piece, residual, capture)))
+            if going and (piece is None or len(going) > 1):
+                first, residual, own, nbytes = going.pop(0)
+                mean, more = self._gather(first, own, capture)
+                yield first, mean, residual, nbytes + more
 
-    def _mask(self, f: int, owner: int, step: int, n: int, full: bool) -> Mask:
-        """Which of an owner's ``n`` weights a round opens; it moves on from round to round."""
-        seed = draw(self.config.seed, "mask", self.seat.stage, f, owner) % 2**63
-        at = turn(self.sync, self.config.seed, step - 1, f)
-        return Mask(n, 1.0 if full else self.sync.density, seed, at)
+    def _scatter(self, piece: Piece, residual: Tensor, capture: Capture) -> tuple[Sparse, int]:
+        """Sends every owner its shard, and takes what was sent out of ``residual``; our own shard's, and bytes sent."""
+        codec, nbytes, own = codec_of(self.sync, full=capture.full), 0, None
+        for j, (start, end) in enumerate(piece.shards):
+            mask, part = self._mask(piece, j, capture), residual[start - piece.start : end - piece.start]
+            values = mask.gather(part).clone()
+            encoded = self._encoded(codec, values)
+            mask.put(part, encoded.sent.add_to(values, scale=-1.0))
+            if j == self.seat.replica:
+                own = encoded.sent
+            else:
+                nbytes += self._post(j, Kind.SHARD, piece, end - start, encoded.payload, capture)
+        assert own is not None
+        return own, nbytes
+
+    def _gather(self, piece: Piece, own: Sparse, capture: Capture) -> tuple[Tensor, int]:
+        """Decides our shard's mean, sends it to all, and takes everybody's; the piece's mean, and bytes sent."""
+        codec, replica, nbytes = codec_of(self.sync, full=capture.full), self.seat.replica, 0
+        step, mine = capture.state.point.step, self._mask(piece, replica, capture)
+        received = [(own, capture.samples)]
+        for i in range(len(self.peers)):
+            if i != replica:
+                frame = self._take(Kind.SHARD, step, piece, i)
+                received.append((self._decoded(codec, frame, mine.count), self._weight(frame, i, step)))
+        feedback = self.feedback[piece.number]
+        owed = feedback.compensated(mine, weighted_mean(received, mine.count))
+        decided = self._encoded(codec, owed)
+        feedback.keep(mine, owed, decided.sent)
+        for i in range(len(self.peers)):
+            if i != replica:
+                nbytes += self._post(i, Kind.MEAN, piece, mine.n, decided.payload, capture)
+        mean = torch.zeros(piece.end - piece.start)
+        for j, (start, end) in enumerate(piece.shards):
+            mask, sent = self._mask(piece, j, capture), decided.sent
+            if j != replica:
+                sent = self._decoded(codec, self._take(Kind.MEAN, step, piece, j), mask.count)
+            mask.put(mean[start - piece.start : end - piece.start], sent.dense(mask.count))
+        return mean, nbytes
+
+    def _weight(self, frame: Frame, i: int, step: int) -> int:
+        """The samples that replica ``i`` says it has trained on since the last round: the plan knows better."""
+        weight, plan = frame.header.targets, self.seat.plan
+        if weight >= MAX_WEIGHT:
+            raise WireError(f"a round's piece that says it is of {weight} samples")
+        if self.counted_from is not None:
+            served = len(plan.served(self.seat.stage, i)) * plan.microbatch_size
+            if weight != (step - self.counted_from) * served:
+                raise WireError(f"a round's piece of {weight} samples where the plan has another number")
+        return weight
+
+    def _mask(self, piece: Piece, owner: int, capture: Capture) -> Mask:
+        """Which of an owner's weights a round opens; it moves on from round to round."""
+        start, end = piece.shards[owner]
+        seed = draw(self.config.seed, "mask", self.seat.stage, piece.number, owner) % 2**63
+        at = turn(self.sync, self.config.seed, capture.state.point.step - 1, piece.fragment)
+        return Mask(end - start, 1.0 if capture.full else self.sync.density, seed, at)
 
     def _outer(self, mean: Tensor, momentum: Tensor | None) -> Tensor:
         """The outer optimizer's step: along the mean, or Nesterov's as in DiLoCo. Writes to both of its arguments.
@@ -227,7 +239,7 @@ class Synchronizer:
         try:
             return codec.encode(values)
         except CodecError as error:
-            raise diverged(str(error)) from None
+            raise DivergedError(str(error)) from None
 
     def _decoded(self, codec: SyncCodec, frame: Frame, count: int) -> Sparse:
         (spec,) = frame.header.tensors
@@ -236,7 +248,7 @@ class Synchronizer:
         except CodecError as error:
             raise WireError(f"a round's piece cannot be decoded: {error}") from None
 
-    def _post(self, peer: str, kind: Kind, step: int, f: int, length: int, payload: bytes, weight: int) -> int:
+    def _post(self, to: int, kind: Kind, piece: Piece, length: int, payload: bytes, capture: Capture) -> int:
         seat, codec = self.seat, WEIGHTS
         if self.config.zstd:
             codec, payload = squeeze(codec, payload)
@@ -244,28 +256,22 @@ class Synchronizer:
             kind=kind,
             run=seat.run,
             generation=seat.plan.generation,
-            step=step,
+            step=capture.state.point.step,
             stage=seat.stage,
             microbatch=seat.replica,
-            part=f,
+            part=piece.number,
             attempt=0,
             tensors=(TensorSpec(codec=codec, shape=(length,), nbytes=len(payload)),),
-            targets=weight,
+            targets=capture.samples if kind == Kind.SHARD else 0,
             dense_nbytes=0,
             payload=payload,
         )
-        self.wire.post(peer, frame)
+        self.wire.post(self.peers[to], frame)
         return len(payload)
 
-    def _take(self, kind: Kind, step: int, f: int, replica: int) -> Frame:
-        sender = self.seat.plan.stages[self.seat.stage].replicas[replica].peer
-        return self.wire.take(Address(self.seat.plan.generation, kind, step, f, replica, sender))
-
-
-def diverged(why: str) -> StateError:
-    return StateError(
-        f"training has diverged ({why})", hint="Start again from a published model with a lower optimizer.lr."
-    )
+    def _take(self, kind: Kind, step: int, piece: Piece, replica: int) -> Frame:
+        generation = self.seat.plan.generation
+        return self.wire.take(Address(generation, kind, step, piece.number, replica, self.peers[replica]))
 
 
 def apply(stage: Stage, outcome: Outcome, *, late: bool) -> None:

@@ -18,7 +18,7 @@ from ..compression.mask import Mask
 from ..compression.mean import weighted_mean
 from ..compression.registry import build
 from ..protocol.config import RunConfig
-from .sync import codec_of
+from .shards import codec_of
 
 LOCK_SECONDS = 120.0  # then everybody compiles for himself
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from potluck.coordinator import events, state
-from potluck.protocol.errors import StateError, WireError
+from potluck.protocol.errors import DivergedError, WireError
 from potluck.protocol.frames import Frame
 from potluck.protocol.plan import SavePoint
 from potluck.worker.checkpoint import from_bytes, to_bytes
@@ -170,10 +170,30 @@ def test_a_diverged_run_says_so(local_run, make_config):
     ours.join("a", "b")
     ours.wait(lambda: any(w.engine.stage is not None and w.engine.local.step > 1 for w in ours.workers.values()))
     first = next(w for w in ours.workers.values() if w.engine.stage.first == 0)
-    first.engine.stage.x.fill_(float("nan"))
-    with pytest.raises(StateError, match="diverged") as caught:
+    stage, load = first.engine.stage, first.engine.stage.load
+    stage.load = lambda state: (load(state), stage.x.fill_(float("nan")))
+    stage.x.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="diverged") as caught:
         ours.finish()
     assert "optimizer.lr" in caught.value.hint
+
+
+def test_numbers_that_were_wrong_once_are_done_again(local_run, make_config):
+    """What is not finite may come from a peer or a bad chip: everybody goes back to the last round, and it is gone."""
+    config = make_config(steps=6, activations={"forward": "int8:tile=32", "backward": "int8:tile=32"})
+    ours = local_run(config)
+
+    def spoil(event: events.Event) -> None:
+        if isinstance(event, events.RoundCommitted) and event.round == 2:
+            ours.on_event = lambda event: None
+            for worker in ours.workers.values():
+                worker.engine.stage.x[7] = float("inf")
+
+    ours.on_event = spoil
+    ours.join("a", "b")
+    ours.finish()
+    assert "diverged" in ours.seen(events.Faulted)[0].what
+    assert ours.machine.committed.step == config.steps
 
 
 @pytest.mark.parametrize(

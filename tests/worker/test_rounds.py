@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from potluck.protocol.config import RunConfig
-from potluck.protocol.errors import StateError, WireError
+from potluck.protocol.errors import DivergedError, WireError
 from potluck.protocol.frames import Frame
 from potluck.protocol.plan import Plan, Replica, SavePoint, StagePlan
 from potluck.worker.boundary import Seat
-from potluck.worker.mailbox import Address, Mailbox
+from potluck.worker.mailbox import Address, Fenced, Mailbox
+from potluck.worker.shards import cut, most_nbytes
 from potluck.worker.stage import Stage
-from potluck.worker.sync import Outcome, Synchronizer, apply, most_nbytes, parts
+from potluck.worker.sync import Outcome, Synchronizer, apply
 
 
 class Box:
@@ -79,6 +80,8 @@ class Crew:
     def exchange(self, weights: list[int], fragments: range | None = None, *, full: bool = False) -> list[Outcome]:
         self.rounds += 1
         turn = range(self.rule.fragments) if fragments is None else fragments
+        for synchronizer in self.synchronizers:
+            synchronizer.counted_from = None  # any weights will do here
         captures = [
             s.capture(stage, self.rounds, w, turn, full=full)
             for s, stage, w in zip(self.synchronizers, self.stages, weights, strict=True)
@@ -233,7 +236,7 @@ def test_a_fragments_round_touches_nothing_else(make_crew):
     crew.drift()
     g, x = crew.stages[0].g.clone(), crew.stages[0].x.clone()
     crew.round(fragments=range(2, 3))
-    inside = slice(*parts(g.numel(), 4)[2])
+    inside = slice(*cut(g.numel(), 4)[2])
     outside = torch.ones(g.numel(), dtype=torch.bool)
     outside[inside] = False
     assert torch.equal(crew.stages[0].g[outside], g[outside])
@@ -264,6 +267,41 @@ def test_the_last_round_leaves_nothing_out(make_crew, sync):
     assert after < 1e-4 < 1e-3 < before  # 8 bits of what is left
 
 
+def test_a_weight_that_is_not_the_plans_is_refused(make_crew):
+    """A replica that says it has trained on more samples than it was given would own the mean."""
+    crew = make_crew(2, preset="dense")
+    crew.drift()
+    crew.round([1, 1])
+    crew.synchronizers[1].counted_from = crew.rounds
+    capture = [
+        s.capture(stage, crew.rounds + 1, weight, range(1))
+        for s, stage, weight in zip(crew.synchronizers, crew.stages, [1000, 1], strict=True)
+    ]
+    with ThreadPoolExecutor() as pool:
+        greedy = pool.submit(crew.synchronizers[0].exchange, capture[0])
+        with pytest.raises(WireError, match="1000 samples"):
+            crew.synchronizers[1].exchange(capture[1])
+        for box in crew.synchronizers[0].wire.boxes.values():
+            box.close()
+        with pytest.raises(Fenced):
+            greedy.result()
+
+
+def test_large_stages_are_cut_into_pieces_that_fit_a_frame(make_crew, monkeypatch):
+    """Smaller pieces, the same weights: what is sent together does not matter where nothing is left out."""
+    results = []
+    for most in (1 << 26, 1000):
+        monkeypatch.setattr("potluck.worker.shards.MOST_WEIGHTS", most)
+        crew = make_crew(3, preset="diloco", fragments=2, bits=32)
+        for i in range(4):
+            crew.drift()
+            crew.round([2, 1, 1], range(i % 2, i % 2 + 1))
+        results.append(crew.stages[0].g.clone())
+        assert max(f.header.tensors[0].shape[0] for f in crew.seen) <= most
+        assert len(crew.synchronizers[0].feedback) == sum(map(len, crew.synchronizers[0].pieces))
+    assert torch.equal(*results)
+
+
 def test_owners_debts_survive_a_restart_and_belong_to_their_shards(make_crew):
     crew = make_crew(2, preset="cocktail", fragments=1)
     for _ in range(3):
@@ -281,7 +319,7 @@ def test_weights_that_are_not_finite_are_never_agreed_on(make_crew):
     """Alone there is no codec to refuse them; with others, pieces may be finite and what they lead to not."""
     one = make_crew(1, preset="diloco")
     one.stages[0].x[3] = torch.nan
-    with pytest.raises(StateError, match="diverged"):
+    with pytest.raises(DivergedError):
         one.synchronizers[0].exchange(one.synchronizers[0].capture(one.stages[0], 1, 1, [0]))
     two = make_crew(2, preset="diloco", outer_lr=10.0)
     for stage in two.stages:

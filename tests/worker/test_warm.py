@@ -20,7 +20,7 @@ import torch
 from potluck.compression.mask import Mask
 from potluck.compression.registry import build
 from potluck.protocol.config import parse
-from potluck.worker.sync import codec_of
+from potluck.worker.shards import codec_of
 from potluck.worker.warm import warm
 config = parse(sys.argv[1])
 with event.install_recorder("numba:compile") as first:

@@ -1,0 +1,53 @@
+"""How a stage's flat vector is cut for rounds: fragments that take turns, pieces that fit a frame, owners' shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compression.mask import Mask
+from ..compression.sync import SyncCodec
+from ..protocol.config import Sync
+
+MOST_WEIGHTS = 1 << 26  # in a shard: a quarter of a frame's limit where they go in 32 bits
+LAST_BITS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What is exchanged as one: weights [start, end) of the stage, and [start, end) of each owner's shard of them."""
+
+    number: int
+    fragment: int
+    start: int
+    end: int
+    shards: tuple[tuple[int, int], ...]
+
+
+def cut(n: int, count: int, start: int = 0) -> list[tuple[int, int]]:
+    """[start, end) of ``count`` parts of n elements from ``start`` on; sizes differ by at most one."""
+    return [(start + n * j // count, start + n * (j + 1) // count) for j in range(count)]
+
+
+def layout(n: int, fragments: int, replicas: int) -> list[list[Piece]]:
+    """The pieces of each fragment of a stage of n weights, numbered throughout."""
+    out: list[list[Piece]] = []
+    number = 0
+    for fragment, (first, last) in enumerate(cut(n, fragments)):
+        out.append([])
+        for start, end in cut(last - first, max(1, -(-(last - first) // (MOST_WEIGHTS * replicas))), first):
+            shards = tuple(cut(end - start, replicas, start))
+            out[-1].append(Piece(number=number, fragment=fragment, start=start, end=end, shards=shards))
+            number += 1
+    return out
+
+
+def codec_of(sync: Sync, *, full: bool = False) -> SyncCodec:
+    """What the values of a round go through; ``full``: of a run's last round, in which everything is sent."""
+    if full and sync.sparse:
+        return SyncCodec(bits=max(sync.bits, LAST_BITS))
+    return SyncCodec(topk=sync.topk, chunk=sync.chunk, bits=sync.bits)
+
+
+def most_nbytes(sync: Sync, n: int) -> int:
+    """The longest payload that a round's piece for ``n`` weights, ``MOST_WEIGHTS`` at most, can have."""
+    return max(codec_of(sync).bound(Mask(n, sync.density, 0).count), codec_of(sync, full=True).bound(n))
