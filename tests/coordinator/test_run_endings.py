@@ -332,3 +332,12 @@ def test_no_round_number_is_used_twice(tmp_path: Path) -> None:
     run = with_a_lost_round(tmp_path, restarted=True)
     told = run.store.rows("SELECT data FROM events WHERE kind = 'RoundCommitted' ORDER BY id")
     assert [json.loads(data)["round"] for (data,) in told] == [1, 2, 3]
+
+
+def test_a_round_without_a_digest_does_not_count() -> None:
+    """All replicas of a stage may say nothing alike: nobody could ever be held to that."""
+    run = training("a", "b")
+    run.train(4)
+    commands = run.round(4, a={"digest": b""})
+    [refused] = journaled(commands, ev.RoundRefused)
+    assert refused.peers == ("A",) and run.state.committed.step == 0
