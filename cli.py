@@ -51,6 +51,7 @@ def main(verbose: bool) -> None:
                                        potluck coordinator up run.yaml
     Join a run with its ticket:        potluck worker join TICKET
     What a run would send:             potluck estimate run.yaml
+    Is every sample in it once:        potluck ledger verify RUN
     """
     if not verbose:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes to stderr beside our own line
@@ -307,6 +308,31 @@ def estimate(path: Path, replicas: int, up: float, down: float, as_json: bool) -
     from .screen import show_estimate
 
     show_estimate(config, found, Line(up_mbps=up, down_mbps=down))
+
+
+@main.group(context_settings=CONTEXT)
+def ledger() -> None:
+    """Look into a run's ledger."""
+
+
+@ledger.command("verify", context_settings=CONTEXT)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Numbers for programs.")
+def ledger_verify(run: Path, as_json: bool) -> None:
+    """Prove that every sample of RUN is committed exactly once, or show where not (exit code 1).
+
+    RUN is the run's data folder, or its name. Nothing is written; a running coordinator is not disturbed.
+    """
+    import msgspec
+
+    from .coordinator.verify import FILE, verify
+
+    path = run if run.is_file() else run / FILE
+    if not path.exists() and not run.is_dir() and len(run.parts) == 1:
+        path = data_home() / "coordinator" / run / FILE
+    report = verify(path)
+    click.echo(msgspec.json.encode(report) if as_json else "\n".join(report.lines()))
+    sys.exit(1 if report.problems else 0)
 
 
 @main.command(context_settings=CONTEXT)

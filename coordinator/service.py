@@ -215,7 +215,7 @@ def open_run(store: Store, config: RunConfig, manifest: Manifest) -> tuple[str, 
         )
     store.set_meta(config=mine)
     marks = store.marks()
-    rounds = store.rows("SELECT COALESCE(MAX(round), 0) FROM rounds")[0][0]
+    rounds = store.rows("SELECT COALESCE(MAX(round), 0) FROM ledger")[0][0]  # lost ones, too: no number is used twice
     evaluated = store.rows("SELECT COALESCE(MAX(step), -1) FROM points WHERE heldout IS NOT NULL")[0][0]
     committed = marks[0] if marks else Mark(kind="init", generation=0, step=0, sample=0)
     published = sorted((store.path.parent / "checkpoints").glob("step-" + "[0-9]" * 8))

@@ -21,7 +21,7 @@ from .state import Command, Commit, Journal, Lease, Mark, Point, Remember, Retur
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS ledger (
-    id INTEGER PRIMARY KEY, generation INTEGER NOT NULL, step INTEGER NOT NULL, peer TEXT NOT NULL,
+    id INTEGER PRIMARY KEY AUTOINCREMENT, generation INTEGER NOT NULL, step INTEGER NOT NULL, peer TEXT NOT NULL,
     first INTEGER NOT NULL, count INTEGER NOT NULL, state TEXT NOT NULL, round INTEGER, reason TEXT,
     expires REAL NOT NULL, changed REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS ledger_by_state ON ledger (state, step);
@@ -30,7 +30,8 @@ CREATE TABLE IF NOT EXISTS rounds (
     digests TEXT NOT NULL, replicas INTEGER NOT NULL, samples INTEGER NOT NULL, nbytes INTEGER NOT NULL,
     seconds REAL NOT NULL, committed REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
-    id INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL, text TEXT NOT NULL);
+    id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL,
+    text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS points (
     id INTEGER PRIMARY KEY, step INTEGER NOT NULL, samples INTEGER NOT NULL, time REAL NOT NULL,
     train REAL, heldout REAL);

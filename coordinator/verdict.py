@@ -33,6 +33,8 @@ def judge(plan: Plan, committed: Mark, at: int, reports: Mapping[str, pb.RoundDo
         known = committed.digests[i] if committed.digests else None
         if odd := {p for p, r in said.items() if known and r.base_digest != known}:
             wrong, why = wrong | odd, "a replica came with other reference weights"
+        elif odd := {p for p, r in said.items() if not r.digest}:
+            wrong, why = wrong | odd, "a replica does not say what it holds"
         elif odd := minority({p: r.digest for p, r in said.items()}):
             wrong, why = wrong | odd, "the digests differ"
         elif sum(r.samples for r in said.values()) != since:

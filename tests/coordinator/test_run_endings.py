@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+from kept_run import with_a_lost_round
 from scripted_run import RULES, SAMPLES, Run, committed, journaled, leases, point, saved, stop_point, training
 
 from potluck.coordinator import events as ev
@@ -323,3 +325,19 @@ def test_evaluations_may_come_in_any_order_of_their_peers() -> None:
     for at in (10, 11):
         run.say(late, eval_done=pb.EvalDone(generation=1, step=at, loss_sum=1.0, targets=1))
     assert run.state.evaluated == 11
+
+
+def test_no_round_number_is_used_twice(tmp_path: Path) -> None:
+    """Not even that of a lost round, by a coordinator started after the loss: its leases are kept under it."""
+    run = with_a_lost_round(tmp_path, restarted=True)
+    told = run.store.rows("SELECT data FROM events WHERE kind = 'RoundCommitted' ORDER BY id")
+    assert [json.loads(data)["round"] for (data,) in told] == [1, 2, 3]
+
+
+def test_a_round_without_a_digest_does_not_count() -> None:
+    """All replicas of a stage may say nothing alike: nobody could ever be held to that."""
+    run = training("a", "b")
+    run.train(4)
+    commands = run.round(4, a={"digest": b""})
+    [refused] = journaled(commands, ev.RoundRefused)
+    assert refused.peers == ("A",) and run.state.committed.step == 0

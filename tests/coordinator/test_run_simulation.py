@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_crew import Crew
-from simulated_world import (
-    CALM_EVENTS,
-    FAULTY_EVENTS,
-    SEEDS,
-    Broken,
-    World,
-    hold,
-)
+from simulated_crew import simulate
+from simulated_world import SEEDS, Broken
 
 from potluck.coordinator import planning, run
 from potluck.coordinator.state import (
@@ -29,32 +22,6 @@ from potluck.coordinator.state import (
 )
 from potluck.coordinator.verdict import Verdict
 from potluck.protocol.plan import Plan
-
-
-def simulate(seed: int, folder: Path) -> World:
-    """A history with faults, then without: the run must finish, unless every copy of a stage was destroyed."""
-    world = Crew(seed, folder)
-    try:
-        for _ in range(FAULTY_EVENTS):
-            world.happen()
-        world.faulty = False
-        if world.wiped and not world.can_go_on():
-            return world
-        for _ in range(CALM_EVENTS):
-            if world.state.phase == "finished":
-                break
-            world.happen()
-        state = world.state
-        hold(state.phase == "finished", f"the run hangs: {state.phase}, {state.note!r}")
-        hold(state.committed.step == world.rules.steps, "finished before its last step")
-        steps = {s for (s,) in world.store.rows("SELECT step FROM points WHERE heldout IS NOT NULL")}
-        hold(world.rules.steps in steps, "finished without a held-out loss")
-        hold((folder / "checkpoints" / f"step-{world.rules.steps}").exists(), "finished, not published")
-        return world
-    except Exception as error:
-        raise Broken(f"seed {seed}: {type(error).__name__}: {error}") from error
-    finally:
-        world.store.close()
 
 
 def test_the_run_survives_every_history(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from potluck.coordinator.verify import verify
 from potluck.protocol.config import dump, load
 
 SAMPLES_PER_STEP = 4  # of one first-stage replica: 2 microbatches of 2
@@ -67,11 +68,13 @@ def test_workers_come_and_go_and_a_stopped_run_goes_on(network: Any) -> None:
     rounds = network.until(lambda s: not peer(s, "anna"))["round"]
     network.until(lambda s: s["phase"] == "training" and s["round"] > rounds)
 
+    assert network.committed_samples() > 0  # beside the running coordinator
     coordinator.interrupt()
     assert [p.wait(30.0) for p in (coordinator, ben, carl)] == [0, 0, 0], network.story([])
     assert "The run is stopped. The same command goes on." in coordinator.output
     assert all("this worker's part is saved" in p.output for p in (ben, carl))
     assert network.rows("SELECT COUNT(*) FROM events WHERE kind = 'RolledBack'") == [(0,)]
+    network.committed_samples()
     [(stopped,)] = network.rows("SELECT data FROM events WHERE kind = 'Stopped'")
     at = msgspec.json.decode(stopped)["step"]
 
@@ -141,12 +144,15 @@ def test_an_interrupted_demo_is_resumed(
 
     with closing(sqlite3.connect(folder / "coordinator" / "run.sqlite")) as db:
         [(stopped,)] = db.execute("SELECT data FROM events WHERE kind = 'Stopped'").fetchall()
+    assert not verify(folder / "coordinator" / "run.sqlite").problems
     steps = msgspec.json.decode(stopped)["step"] + 3
     path = folder / "run.yaml"
     path.write_text(dump(msgspec.structs.replace(load(path), steps=steps)), encoding="utf-8")
     process = demo("--resume")
     assert process.wait(60.0) == 0, process.output
     assert f"The model: {folder / 'coordinator' / 'checkpoints'}/step-{steps:08d}" in process.output
+    report = verify(folder / "coordinator" / "run.sqlite")
+    assert not report.problems and not report.leased.samples, "\n".join(report.lines())
     assert left_over(folder) == []
 
 

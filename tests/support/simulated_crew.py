@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from simulated_world import (
+    CALM_EVENTS,
+    FAULTY_EVENTS,
+    Broken,
     Content,
     Worker,
     World,
@@ -193,3 +198,33 @@ class Crew(World):
             all(any(m.savepoint(i, layers) in h for h in holders) for i, layers in enumerate(self.rules.layers))
             for m in (self.state.committed, *self.state.marks)
         )
+
+
+def simulate(seed: int, folder: Path, watch: Callable[[World], None] = lambda world: None) -> World:
+    """A history with faults, then without: the run must finish, unless every copy of a stage was destroyed.
+
+    ``watch`` sees the world after each of the faulty events.
+    """
+    world = Crew(seed, folder)
+    try:
+        for _ in range(FAULTY_EVENTS):
+            world.happen()
+            watch(world)
+        world.faulty = False
+        if world.wiped and not world.can_go_on():
+            return world
+        for _ in range(CALM_EVENTS):
+            if world.state.phase == "finished":
+                break
+            world.happen()
+        state = world.state
+        hold(state.phase == "finished", f"the run hangs: {state.phase}, {state.note!r}")
+        hold(state.committed.step == world.rules.steps, "finished before its last step")
+        steps = {s for (s,) in world.store.rows("SELECT step FROM points WHERE heldout IS NOT NULL")}
+        hold(world.rules.steps in steps, "finished without a held-out loss")
+        hold((folder / "checkpoints" / f"step-{world.rules.steps}").exists(), "finished, not published")
+        return world
+    except Exception as error:
+        raise Broken(f"seed {seed}: {type(error).__name__}: {error}") from error
+    finally:
+        world.store.close()
