@@ -37,6 +37,7 @@ from .state import (
     StopAsked,
     Tick,
     Uncommit,
+    Unpublished,
     Uploaded,
 )
 from .turn import Turn, released
@@ -61,6 +62,8 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
             turn.stop_asked()
         case Uploaded(step=at, path=path):
             turn.uploaded(at, path)
+        case Unpublished(step=at, why=why):
+            turn.journal(ev.PublishFailed(step=at, why=why))
     turn.advance()
     return turn.state, turn.commands
 

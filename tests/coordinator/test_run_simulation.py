@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 from simulated_crew import Crew
+from simulated_disk import Broken, hold
 from simulated_world import (
     CALM_EVENTS,
     FAULTY_EVENTS,
     SEEDS,
-    Broken,
     World,
-    hold,
 )
 
 from potluck.coordinator import planning, run

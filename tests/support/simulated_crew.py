@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from simulated_disk import hold
 from simulated_world import (
     Content,
     Worker,
     World,
     digest_of,
-    hold,
 )
 
 from potluck.coordinator.state import (
