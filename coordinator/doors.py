@@ -218,8 +218,10 @@ class Doors:
             await self.publisher.arrived(first.step, first.stage)
         except (OSError, StateError) as problem:
             error = unwritten(problem) if isinstance(problem, OSError) else problem
-            if self.publisher.trouble != str(error):  # its worker tries again until it works: said once
-                self.publisher.trouble = str(error)
+            if self.hub.state.phase != "finishing":  # given up: see the state machine
+                self.publisher.drop()
+            if self.publisher.trouble != (first.step, str(error)):  # its worker may try again and again: said once
+                self.publisher.trouble = (first.step, str(error))
                 self.hub.put(Unpublished(step=first.step, why=str(error)))
             raise error from None
         finally:

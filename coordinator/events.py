@@ -141,10 +141,12 @@ class Published(Event, frozen=True, kw_only=True):
 class PublishFailed(Event, frozen=True, kw_only=True):
     step: int
     why: str
+    again: bool  # the same one; else the next that is due
 
     @property
     def text(self) -> str:
-        return f"Model of step {self.step} not published yet, tried again until it is: {self.why}"
+        later = "tried again until it is" if self.again else "the next one will be tried"
+        return f"Model of step {self.step} is not published ({self.why}); {later}"
 
 
 class StoodStill(Event, frozen=True, kw_only=True):

@@ -82,7 +82,7 @@ class Publisher:
         self.layers, self._done = layers, done
         self._arrived: set[int] = set()
         self._current = (-1, -1)  # step and generation of the uploads being collected
-        self.trouble = ""  # why nothing could be written, last time
+        self.trouble: tuple[int, str] | None = None  # the step that could not be written, and why
 
     def stage_nbytes(self, stage: int) -> int:
         """Most bytes that a stage's file may have: fp32 tensors and a header."""
@@ -94,7 +94,13 @@ class Publisher:
     def begin(self, step: int, generation: int) -> None:
         """Uploads of ``step`` from this generation's replicas come in; what others left unfinished is gone."""
         if self._current != (step, generation):
-            self._current, self._arrived = (step, generation), set()
+            self.drop()
+            self._current = (step, generation)
+
+    def drop(self) -> None:
+        """Gives up what is being collected, and its space."""
+        self._current, self._arrived = (-1, -1), set()
+        if self.folder.exists():
             for unfinished in self.folder.glob(".step-*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -125,7 +131,7 @@ class Publisher:
                 target = await asyncio.to_thread(self._assemble, step)
             except OSError as error:
                 raise unwritten(error) from None
-            self._arrived, self.trouble = set(), ""
+            self._arrived, self.trouble = set(), None
             await self._done(step, target)
 
     def _check(self, part: Path, stage: int) -> None:

@@ -63,7 +63,7 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
         case Uploaded(step=at, path=path):
             turn.uploaded(at, path)
         case Unpublished(step=at, why=why):
-            turn.journal(ev.PublishFailed(step=at, why=why))
+            turn.unpublished(at, why)
     turn.advance()
     return turn.state, turn.commands
 

@@ -158,7 +158,7 @@ class Uploaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Unpublished:
-    """A round that is to be published could not be written. Its workers try again."""
+    """A round that is to be published could not be written."""
 
     step: int
     why: str

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from potluck.coordinator import events as ev
 from potluck.coordinator.doors import Doors
 from potluck.coordinator.run import step
 from potluck.coordinator.standstill import NOTES, Standstill
-from potluck.coordinator.state import Journal, Lease, RunState, Tick, Unpublished
+from potluck.coordinator.state import Journal, Lease, Tick, Unpublished
 from potluck.coordinator.store import PASSING, PASSING_CODES, Store, passing
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.errors import StateError
@@ -106,11 +107,24 @@ def test_what_goes_into_a_deleted_file_is_not_acknowledged(which: str, replaced:
     store.close()
 
 
+@pytest.mark.parametrize("phase", ["training", "finishing"])
+def test_a_model_that_does_not_fit_does_not_hold_up_the_training(phase: Any) -> None:
+    """A worker asked to publish does nothing else: only the last model is worth that."""
+    run, last = committed("a", "b"), phase == "finishing"
+    run.state = replace(run.state, phase=phase, publish=4)
+    [command] = run.do(Unpublished(step=4, why="full"))
+    assert isinstance(command, Journal) and command.event == ev.PublishFailed(step=4, why="full", again=last)
+    assert command.event.text.startswith("Model of step 4 is not published (full); ")
+    assert run.state.publish == (4 if last else None)
+    assert len(run.do(Unpublished(step=4, why="full"))) == last  # not asked for any more
+
+
 class FullDisk:
     """A publisher whose disk takes ``nbytes`` in all."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.nbytes, self.trouble, self.done = folder, 10, "", 0
+        self.folder, self.nbytes, self.done = folder, 10, 0
+        self.trouble: tuple[int, str] | None = None
         real = Path.open
 
         def open_(path: Path, *arguments: Any) -> Any:
@@ -132,12 +146,16 @@ class FullDisk:
     def begin(self, step: int, generation: int) -> None:
         pass
 
+    def drop(self) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
+
     def part(self, step: int, stage: int) -> Path:
         return self.folder / f"{stage}.part"
 
     async def arrived(self, step: int, stage: int) -> None:
         self.part(step, stage).rename(self.folder / f"{stage}")
-        self.trouble, self.done = "", self.done + 1
+        self.trouble, self.done = None, self.done + 1
 
 
 class Limited:
@@ -172,10 +190,6 @@ async def test_an_upload_that_the_disk_refuses_leaves_nothing_and_is_said_once(
             await doors.receive(first, pieces(), run.plan)
         assert os.listdir(tmp_path) == []
     assert put == [Unpublished(step=4, why="the coordinator's disk is full")]
-    [command] = step(run.rules, RunState(), put[0], 1.0)[1][:1]
-    assert isinstance(command, Journal)
-    text = "Model of step 4 not published yet, tried again until it is: the coordinator's disk is full"
-    assert command.event.text == text
     publisher.nbytes = 40
     await doors.receive(first, pieces(), run.plan)
     assert publisher.done == 1 and os.listdir(tmp_path) == ["0"]
