@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..protocol import control_pb2 as pb
@@ -26,12 +26,31 @@ MOST_NBYTES = 2**62  # that the database holds, whatever a worker claims
 RATE_SECONDS = 20.0  # window of the shown speed
 
 
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """What a batch of reports says of its peers: shown once it is on disk."""
+
+    steps: tuple[tuple[str, pb.StepDone], ...] = ()
+    traffic: Mapping[tuple[str, str, str, str], tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def statements(self) -> list[tuple[str, list[Any]]]:
+        """What keeps the byte counts."""
+        return [
+            ("INSERT OR REPLACE INTO traffic VALUES (?,?,?,?,?,?)", [*key, *total])
+            for key, total in self.traffic.items()
+        ]
+
+
 @dataclass(kw_only=True)
 class PeerFigures:
     """What one peer has reported about itself."""
 
     samples: int = 0
     seconds_per_step: float | None = None
+
+
+NOTHING = Heard()
 
 
 class Board:
@@ -73,13 +92,14 @@ class Board:
 
     # What comes in.
 
-    def heard(self, reports: Sequence[tuple[bytes, Said]]) -> list[tuple[str, list[Any]]]:
-        """Takes what workers said, with their sessions; returns the statements that keep their byte counts."""
-        statements: list[tuple[str, list[Any]]] = []
+    def heard(self, reports: Sequence[tuple[bytes, Said]]) -> Heard:
+        """What is new in what workers said, with their sessions. Nothing of it is shown before :meth:`update`."""
+        steps: list[tuple[str, pb.StepDone]] = []
+        traffic: dict[tuple[str, str, str, str], tuple[int, int]] = {}
         for session, said in reports:
             body = said.report.WhichOneof("body")
             if body == "step_done":
-                self._step_done(said.peer, said.report.step_done)
+                steps.append((said.peer, said.report.step_done))
             elif body == "heartbeat":
                 totals: dict[tuple[str, str], tuple[int, int]] = {}
                 for t in said.report.heartbeat.traffic:
@@ -90,10 +110,9 @@ class Board:
                     totals[t.purpose, t.direction] = sums
                 for (purpose, direction), total in totals.items():
                     key = (said.peer, session.hex(), purpose, direction)
-                    if self._traffic.get(key) != total:
-                        self._traffic[key] = total
-                        statements.append(("INSERT OR REPLACE INTO traffic VALUES (?,?,?,?,?,?)", [*key, *total]))
-        return statements
+                    if traffic.get(key, self._traffic.get(key)) != total:
+                        traffic[key] = total
+        return Heard(steps=tuple(steps), traffic=traffic)
 
     def _step_done(self, peer: str, done: pb.StepDone) -> None:
         figures = self._figures.setdefault(peer, PeerFigures())
@@ -101,9 +120,14 @@ class Board:
         seconds, old = done.compute_seconds + done.wait_seconds, figures.seconds_per_step
         figures.seconds_per_step = seconds if old is None else 0.8 * old + 0.2 * seconds
 
-    def update(self, state: RunState, commands: Sequence[Journal | Point | Commit], now: float) -> None:
+    def update(
+        self, state: RunState, commands: Sequence[Journal | Point | Commit], now: float, heard: Heard = NOTHING
+    ) -> None:
         """The state after a batch, and what was written down in it."""
         self._state = state
+        self._traffic.update(heard.traffic)
+        for peer, done in heard.steps:
+            self._step_done(peer, done)
         for command in commands:
             if isinstance(command, Journal):
                 last = self._events[-1]["id"] if self._events else 0

@@ -20,10 +20,10 @@ from ..protocol import control_pb2 as pb
 from ..protocol.errors import PotluckError, RefusedError, StateError, WireError
 from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
 from ..protocol.identity import peer_id_of, verify
-from ..protocol.plan import SavePoint
+from ..protocol.plan import Plan, SavePoint
 from .hub import Hub, Line
-from .publish import Publisher
-from .state import Joined, Member
+from .publish import Publisher, unwritten
+from .state import Member, Unpublished
 
 log = logging.getLogger(__name__)
 PIECE_NBYTES = 256 * 1024
@@ -96,12 +96,8 @@ class Doors:
         welcome.peer_id, welcome.token = member.peer, token
         welcome.acked = self.hub.acked.get(member.session, 0)
         line.send(pb.Down(welcome=welcome))
-        previous = self.hub.lines.get(member.session)
-        self.hub.lines[member.session] = line
-        if previous:
-            previous.close()
-        self.hub.put(Joined(member=member), line)
-        listening = asyncio.create_task(self._listen(requests, line))
+        self.hub.connect(line)
+        listening = asyncio.create_task(self._listen(requests, line, member))
         try:
             while (message := await line.outbox.get()) is not None:
                 yield message
@@ -112,10 +108,11 @@ class Doors:
             self._tokens.pop(token, None)
             self.hub.hang_up(line)
 
-    async def _listen(self, requests: AsyncIterator[pb.Up], line: Line) -> None:
+    async def _listen(self, requests: AsyncIterator[pb.Up], line: Line, member: Member) -> None:
         try:
+            await self.hub.enter(line, member)
             async for up in requests:
-                self.hub.report(line, up)
+                await self.hub.report(line, up)
         except (grpc.RpcError, asyncio.CancelledError):
             pass
         finally:
@@ -191,6 +188,15 @@ class Doors:
             limit = self.publisher.stage_nbytes(first.stage)
             if not 0 < first.nbytes <= limit:
                 raise WireError(f"an upload of {first.nbytes} bytes, at most {limit} fit the stage")
+            await self.receive(first, pieces, plan)
+        except (WireError, StateError) as error:
+            return pb.UploadResult(ok=False, text=error.one_line())
+        return pb.UploadResult(ok=True)
+
+    async def receive(self, first: pb.UploadPiece, pieces: AsyncIterator[pb.UploadPiece], plan: Plan) -> None:
+        """Writes an upload that is wanted; what is left of one that fails is removed, and its space with it."""
+        part: Path | None = None
+        try:
             self.publisher.begin(first.step, plan.generation)
             part = self.publisher.part(first.step, first.stage)
             digest, size = hashlib.sha256(), 0
@@ -210,11 +216,17 @@ class Doors:
             if self.hub.state.plan is not plan:
                 raise WireError("an upload of a generation that is over")
             await self.publisher.arrived(first.step, first.stage)
-        except (WireError, StateError) as error:
-            return pb.UploadResult(ok=False, text=error.one_line())
-        except OSError as error:
-            return pb.UploadResult(ok=False, text=f"the coordinator cannot write: {error}")
-        return pb.UploadResult(ok=True)
+        except (OSError, StateError) as problem:
+            error = unwritten(problem) if isinstance(problem, OSError) else problem
+            if self.hub.state.phase != "finishing":  # given up: see the state machine
+                self.publisher.drop()
+            if self.publisher.trouble != (first.step, str(error)):  # its worker may try again and again: said once
+                self.publisher.trouble = (first.step, str(error))
+                self.hub.put(Unpublished(step=first.step, why=str(error)))
+            raise error from None
+        finally:
+            if part is not None:
+                part.unlink(missing_ok=True)
 
 
 def plain(text: str) -> str:

@@ -138,6 +138,30 @@ class Published(Event, frozen=True, kw_only=True):
         return f"Model of step {self.step} published"
 
 
+class PublishFailed(Event, frozen=True, kw_only=True):
+    step: int
+    why: str
+    again: bool  # the same one; else the next that is due
+
+    @property
+    def text(self) -> str:
+        later = "tried again until it is" if self.again else "the next one will be tried"
+        return f"Model of step {self.step} is not published ({self.why}); {later}"
+
+
+class StoodStill(Event, frozen=True, kw_only=True):
+    """The store took no writes. ``cause`` is the code of its error."""
+
+    seconds: float
+    cause: str
+
+    @property
+    def text(self) -> str:
+        what = {"disk-full": "The disk was full", "busy": "Another program held the run's file"}
+        time = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
+        return f"{what.get(self.cause, 'The disk refused to write')} for {time}; nothing is lost, the run goes on"
+
+
 class Faulted(Event, frozen=True, kw_only=True):
     peer: str
     name: str

@@ -2,6 +2,10 @@
 
 One task owns the state. It takes everything that has arrived, steps the machine, writes all commands in one durable
 transaction, and only then acknowledges reports and sends views.
+
+When the disk refuses, nothing of the batch takes effect: the same inputs are tried again until it is written, in a
+state whose clock has stood still. Meanwhile what comes in waits, within bounds: of heartbeats the newest is kept, ticks
+are left out, a newcomer waits at the door, and of a worker that says too much no more is read.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,12 +23,31 @@ from ..protocol import control_pb2 as pb
 from ..protocol.errors import StateError
 from .board import Board
 from .run import step, view_of
-from .state import Commit, Dismiss, Gone, Input, Journal, Point, Rules, RunState, Said, StopAsked, Tick
-from .store import Store
+from .standstill import Standstill, shifted
+from .state import (
+    Command,
+    Commit,
+    Dismiss,
+    Gone,
+    Input,
+    Joined,
+    Journal,
+    Member,
+    Point,
+    Rules,
+    RunState,
+    Said,
+    StopAsked,
+    Tick,
+)
+from .store import Store, passing
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
+HANG_SECONDS = 5.0  # of one write: from here on its time counts for nobody
 BATCH = 500
+MOST_WAITING_NBYTES = 256 * 1024  # of one worker's reports, before no more of them is read
+REPORT_NBYTES = 200  # that a report costs beside its own
 
 
 @dataclass(eq=False)
@@ -35,6 +58,9 @@ class Line:
     session: bytes
     outbox: asyncio.Queue[pb.Down | None] = field(default_factory=asyncio.Queue)
     last_view: bytes = b""
+    entered: bool = False  # the state machine was told of the session
+    waiting_nbytes: int = 0  # of reports that are not in the state yet
+    room: asyncio.Event = field(default_factory=asyncio.Event)
 
     def send(self, message: pb.Down) -> None:
         self.outbox.put_nowait(message)
@@ -43,15 +69,25 @@ class Line:
         self.outbox.put_nowait(None)
 
 
+Item = tuple[Input, Line | None, int]  # what happened, whose line it came on, and the report's number
+
+
 class Hub:
-    """Runs one run. ``failed`` is set if the disk refuses: nothing is acknowledged from then on."""
+    """Runs one run. ``standing`` is set while the disk refuses.
+
+    ``failed`` is set if that can never get better: nothing is acknowledged from then on.
+    """
 
     def __init__(self, rules: Rules, state: RunState, store: Store, board: Board) -> None:
         self.rules, self.state, self.store, self.board = rules, state, store, board
         self.failed: StateError | None = None
+        self.standing: Standstill | None = None
         self.lines: dict[bytes, Line] = {}
         self.acked: dict[bytes, int] = {}
-        self._queue: asyncio.Queue[tuple[Input, Line | None, int]] = asyncio.Queue()
+        self._queue: asyncio.Queue[Item] = asyncio.Queue()
+        self._beats: dict[bytes, Item] = {}  # the newest of each session, while the disk refuses
+        self._writing = asyncio.Event()
+        self._writing.set()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Condition()
@@ -84,24 +120,63 @@ class Hub:
             raise self.failed
         return self.state.phase
 
+    async def until_stuck(self, seconds: float) -> Standstill:
+        """Waits until the disk has refused for ``seconds`` from now on."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self.standing)
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._writing.wait()
+            except TimeoutError:
+                if self.standing:
+                    return self.standing
+
     async def until_alone(self, seconds: float) -> None:
         """Waits until every worker has hung up and its last words are on disk, at most ``seconds``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: self.failed or not (self.lines or self.state.members))
 
-    def report(self, line: Line, up: pb.Up) -> None:
-        """A message from a worker; repeated ones are acknowledged again and otherwise ignored."""
+    def connect(self, line: Line) -> None:
+        """A worker has dialled; an older line of its session is closed."""
+        previous = self.lines.get(line.session)
+        self.lines[line.session] = line
+        if previous:
+            line.entered = previous.entered
+            previous.close()
+        if self.standing:
+            self._show(replace(self.state, note=self.standing.note), line)
+
+    async def enter(self, line: Line, member: Member) -> None:
+        """Lets a connected worker in, as soon as that can be written down."""
+        await self._writing.wait()
+        line.entered = True
+        self.put(Joined(member=member), line)
+
+    async def report(self, line: Line, up: pb.Up) -> None:
+        """A message from a worker; repeated ones are acknowledged again and otherwise ignored.
+
+        Returns when there is room for another one.
+        """
         if up.seq and up.seq <= self.acked.get(line.session, 0):
             line.send(pb.Down(ack=pb.Ack(seq=up.seq)))
             return
+        if self.standing and up.WhichOneof("body") == "heartbeat":
+            self._beats[line.session] = (Said(peer=line.peer, report=up), line, 0)
+            return
         self.put(Said(peer=line.peer, report=up), line, up.seq)
+        line.waiting_nbytes += up.ByteSize() + REPORT_NBYTES
+        if line.waiting_nbytes > MOST_WAITING_NBYTES:
+            line.room.clear()
+            await line.room.wait()
 
     def hang_up(self, line: Line) -> None:
         """A worker's stream has ended."""
         if self.lines.get(line.session) is line:
             del self.lines[line.session]
-            self.put(Gone(peer=line.peer, session=line.session))
+            if line.entered or not self.standing:
+                self.put(Gone(peer=line.peer, session=line.session))
 
     async def read(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs something on the store's thread."""
@@ -110,36 +185,59 @@ class Hub:
     async def _ticks(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            self.put(Tick())
+            if not self.standing:
+                self.put(Tick())
 
     async def _work(self) -> None:
+        batch: list[Item] = []  # not empty here: it was refused
         while True:
-            batch = [await self._queue.get()]
+            if not batch:
+                batch.append(await self._queue.get())
             while not self._queue.empty() and len(batch) < BATCH:
                 batch.append(self._queue.get_nowait())
-            now, state, commands = time.time(), self.state, []
-            for what, _, _ in batch:
-                state, ordered = step(self.rules, state, what, now)
-                commands += ordered
-            traffic = self.board.heard([(x.session, w) for w, x, _ in batch if isinstance(w, Said) and x is not None])
-            durable = [c for c in commands if not isinstance(c, Dismiss)]
-            if durable or traffic:
-                try:
-                    await self.read(self.store.write, durable, now, traffic)
-                except StateError as error:
+            now = time.time()
+            try:
+                await self._take(batch, now)
+            except StateError as error:
+                if not passing(error):
                     await self._fail(error)
                     return
-            changed = state.phase != self.state.phase or any(isinstance(what, Gone) for what, _, _ in batch)
-            self.state = state
-            self._tell(batch, commands)
-            self.board.update(state, [c for c in durable if isinstance(c, Journal | Point | Commit)], now)
-            if changed:
-                async with self._changed:
-                    self._changed.notify_all()
+                await self._stand(error, now)
+            else:
+                batch = []
 
-    def _tell(self, batch: list[tuple[Input, Line | None, int]], commands: list[Any]) -> None:
+    async def _take(self, batch: list[Item], now: float) -> None:
+        """Everything that follows from a batch, if it can be written down; ``StateError`` and nothing of it if not."""
+        state, beats = self.state, dict(self._beats)
+        commands: list[Command] = []
+        if self.standing:
+            state, event = self.standing.resumed(state, now)
+            commands.append(Journal(event=event))
+        items = [*beats.values(), *batch]  # beats first: who has been heard meanwhile is not silent
+        for what, _, _ in items:
+            state, ordered = step(self.rules, state, what, now)
+            commands += ordered
+        said = [(line.session, what) for what, line, _ in items if line is not None and isinstance(what, Said)]
+        heard = self.board.heard(said)
+        durable = [c for c in commands if not isinstance(c, Dismiss)]
+        if durable or heard.statements:
+            await self.read(self.store.write, durable, now, heard.statements)
+        changed = state.phase != self.state.phase or any(isinstance(what, Gone) for what, _, _ in batch)
+        waited = time.time() - now
+        self.state = state if waited < HANG_SECONDS else shifted(state, waited)  # a disk that hangs is nobody's fault
+        if self.standing:
+            self._go_on(beats)
+        self._tell(batch, commands)
+        self.board.update(self.state, [c for c in durable if isinstance(c, Journal | Point | Commit)], now, heard)
+        if changed:
+            await self._notify()
+
+    def _tell(self, batch: list[Item], commands: Sequence[Command]) -> None:
         highest: dict[bytes, tuple[Line, int]] = {}
-        for _, line, seq in batch:
+        for what, line, seq in batch:
+            if line is not None and isinstance(what, Said):
+                line.waiting_nbytes -= what.report.ByteSize() + REPORT_NBYTES
+                line.room.set()
             if line is not None and seq:
                 highest[line.session] = (line, max(seq, highest.get(line.session, (line, 0))[1]))
         for session, (line, seq) in highest.items():
@@ -152,17 +250,53 @@ class Hub:
                 line.send(pb.Down(refuse=pb.Refuse(code=command.code, text=command.text, hint=command.hint)))
                 line.close()
         for line in self.lines.values():
-            member = self.state.members.get(line.peer)
-            if member is not None and member.session == line.session:
-                view = view_of(self.rules, self.state, line.peer)
-                packed = view.SerializeToString(deterministic=True)
-                if packed != line.last_view:
-                    line.last_view = packed
-                    line.send(pb.Down(view=view))
+            self._show(self.state, line)
+
+    def _show(self, state: RunState, line: Line) -> None:
+        """Sends a worker its view of ``state``, if that is another than its last."""
+        member = state.members.get(line.peer)
+        if member is not None and member.session == line.session:
+            view = view_of(self.rules, state, line.peer)
+        elif self.standing and not line.entered:
+            view = pb.View(phase="waiting", note=state.note)
+        else:
+            return
+        packed = view.SerializeToString(deterministic=True)
+        if packed != line.last_view:
+            line.last_view = packed
+            line.send(pb.Down(view=view))
+
+    # When the disk refuses.
+
+    async def _stand(self, error: StateError, now: float) -> None:
+        """Says so, once for each reason, and waits before the next try."""
+        before = self.standing
+        self.standing = before.again(error) if before else Standstill(since=now, error=error)
+        self._writing.clear()
+        if before is None or before.note != self.standing.note:
+            log.error("%s Nothing is acknowledged until it can be written.", error.one_line())
+            noted = replace(self.state, note=self.standing.note)
+            self.board.update(noted, [], now)
+            for line in self.lines.values():
+                self._show(noted, line)
+            await self._notify()
+        await asyncio.sleep(self.standing.pause_seconds)
+
+    def _go_on(self, beats: dict[bytes, Item]) -> None:
+        """It is written: ``beats`` with it, newer ones follow."""
+        self.standing = None
+        for session, item in self._beats.items():
+            if beats.get(session) is not item:
+                self.put(item[0])  # its totals come again with the next one
+        self._beats.clear()
+        self._writing.set()
 
     async def _fail(self, error: StateError) -> None:
         self.failed = error
         self.state = replace(self.state, note=error.one_line())
         self.board.update(self.state, [], time.time())
+        await self._notify()
+
+    async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()

@@ -7,6 +7,7 @@ is an index, a configuration and the tokenizer beside them.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from ..protocol.manifest import Manifest
 from ..protocol.plan import stage_parameters
 
 HEADER_LIMIT = 1 << 20  # of a safetensors file, in bytes
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -80,6 +82,7 @@ class Publisher:
         self.layers, self._done = layers, done
         self._arrived: set[int] = set()
         self._current = (-1, -1)  # step and generation of the uploads being collected
+        self.trouble: tuple[int, str] | None = None  # the step that could not be written, and why
 
     def stage_nbytes(self, stage: int) -> int:
         """Most bytes that a stage's file may have: fp32 tensors and a header."""
@@ -91,7 +94,13 @@ class Publisher:
     def begin(self, step: int, generation: int) -> None:
         """Uploads of ``step`` from this generation's replicas come in; what others left unfinished is gone."""
         if self._current != (step, generation):
-            self._current, self._arrived = (step, generation), set()
+            self.drop()
+            self._current = (step, generation)
+
+    def drop(self) -> None:
+        """Gives up what is being collected, and its space."""
+        self._current, self._arrived = (-1, -1), set()
+        if self.folder.exists():
             for unfinished in self.folder.glob(".step-*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -121,8 +130,8 @@ class Publisher:
             try:
                 target = await asyncio.to_thread(self._assemble, step)
             except OSError as error:
-                raise StateError(f"{self.folder}: {error}", hint="Free some space or mend its rights.") from None
-            self._arrived = set()
+                raise unwritten(error) from None
+            self._arrived, self.trouble = set(), None
             await self._done(step, target)
 
     def _check(self, part: Path, stage: int) -> None:
@@ -160,6 +169,14 @@ class Publisher:
             shutil.rmtree(target)
         os.replace(work, target)
         return target
+
+
+def unwritten(error: OSError) -> StateError:
+    """For everybody to read: without the operator's paths."""
+    why = (
+        "the coordinator's disk is full" if error.errno in FULL else f"the coordinator cannot write ({error.strerror})"
+    )
+    return StateError(why, hint="Its operator must free some space or mend the folder's rights.", code="disk")
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -37,9 +37,10 @@ from .state import (
     StopAsked,
     Tick,
     Uncommit,
+    Unpublished,
     Uploaded,
 )
-from .turn import Turn, released
+from .turn import TRANSFER_LEASES, Turn, released
 from .verdict import judge
 
 KEPT_MARKS = 50
@@ -61,6 +62,8 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
             turn.stop_asked()
         case Uploaded(step=at, path=path):
             turn.uploaded(at, path)
+        case Unpublished(step=at, why=why):
+            turn.unpublished(at, why)
     turn.advance()
     return turn.state, turn.commands
 
@@ -208,8 +211,8 @@ class Machine(Turn):
                         expires=expires,
                     )
                 )
-        if self.state.closing and done == self.state.end:  # the closing itself has its time, too
-            leased[done] = self.state.leased_at.get(done, self.now + self.rules.lease_seconds)
+        if self.state.closing and done == self.state.end:  # the closing has its time, too: its round may be a large one
+            leased[done] = self.state.leased_at.get(done, self.now + TRANSFER_LEASES * self.rules.lease_seconds)
         self.set(until=until, leased_at=leased)
         if until == self.rules.steps and self.state.end is None:
             self.set(end=until, closing="round")

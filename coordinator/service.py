@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 BYTES_PER_PARAMETER = 32  # fp32 weights, reference, gradient, two moments, and copies for a round and to go back to
 GIGABYTE = 1e9
 STOP_SECONDS = 60.0
+STUCK_SECONDS = 10.0  # that a disk may refuse while the run is to stop
 FAREWELL_SECONDS = 10.0  # for workers to hear of the end and hang up
 
 
@@ -233,15 +234,24 @@ def open_run(store: Store, config: RunConfig, manifest: Manifest) -> tuple[str, 
 
 
 async def stop(up: Running, seconds: float = STOP_SECONDS) -> str:
-    """Asks for an orderly stop and waits for it; returns the phase reached."""
+    """Asks for an orderly stop and waits for it; returns the phase reached. ``StateError`` if the disk refuses it."""
     up.hub.stop()
-    try:
-        async with asyncio.timeout(seconds):
-            phase = await up.hub.until_phase("stopped", "finished")
-            await up.hub.until_alone(FAREWELL_SECONDS)
-            return phase
-    except TimeoutError:
-        return up.hub.state.phase
+    ending = asyncio.create_task(up.hub.until_phase("stopped", "finished"))
+    stuck = asyncio.create_task(up.hub.until_stuck(STUCK_SECONDS))
+    await asyncio.wait({ending, stuck}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    stuck.cancel()
+    if ending.done():
+        phase = ending.result()
+        await up.hub.until_alone(FAREWELL_SECONDS)
+        return phase
+    ending.cancel()
+    if standing := up.hub.standing:
+        raise StateError(
+            f"{standing.error}; the run is not stopped in order, but nothing acknowledged is lost",
+            hint="Mend that: the same command goes on from the last committed round.",
+            code=standing.error.code,
+        )
+    return up.hub.state.phase
 
 
 def corpus_folder(data_dir: Path) -> Path:

@@ -156,7 +156,15 @@ class Uploaded:
     path: str
 
 
-Input = Joined | Gone | Said | Tick | StopAsked | Uploaded
+@dataclass(frozen=True, kw_only=True)
+class Unpublished:
+    """A round that is to be published could not be written."""
+
+    step: int
+    why: str
+
+
+Input = Joined | Gone | Said | Tick | StopAsked | Uploaded | Unpublished
 
 # What to do about it. The shell carries these out in order, on disk first; views follow from the state alone.
 

@@ -1,12 +1,15 @@
 """The run on disk: one SQLite file, one writer, everything of a batch in one durable transaction.
 
 WAL with ``synchronous=FULL``: what :meth:`Store.write` returned from is there after a power cut. Reports are
-acknowledged and views sent only then.
+acknowledged and views sent only then. What a write that raised has left behind is undone, so it can be tried again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,12 +47,36 @@ CREATE TABLE IF NOT EXISTS traffic (
     PRIMARY KEY (peer, session, purpose, direction)) WITHOUT ROWID;
 """
 
+# What may pass by itself, by SQLite's primary result code: the `StateError`'s code, and what to do. All else is final.
+PASSING = {
+    sqlite3.SQLITE_FULL: ("disk-full", "Free some space"),
+    sqlite3.SQLITE_IOERR: ("disk", "Look after the disk"),
+    sqlite3.SQLITE_NOMEM: ("disk", "Free some memory"),
+    sqlite3.SQLITE_CANTOPEN: ("disk", "Check that its folder exists and may be written"),
+    sqlite3.SQLITE_PERM: ("disk", "Mend its rights"),
+    sqlite3.SQLITE_READONLY: ("disk", "Mend its rights, or mount its disk for writing"),
+    sqlite3.SQLITE_BUSY: ("busy", "End the program that holds it"),
+    sqlite3.SQLITE_LOCKED: ("busy", "End the program that holds it"),
+    sqlite3.SQLITE_PROTOCOL: ("busy", "End the program that holds it"),
+}
+PAGE_NBYTES = 4096  # of the database: the least that is written
+NOTHING_LOST = "nothing acknowledged is lost."
+PASSING_CODES = frozenset(code for code, _ in PASSING.values())
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+MOVED = (sqlite3.SQLITE_READONLY_DBMOVED, sqlite3.SQLITE_IOERR_CORRUPTFS)  # final, unlike others of their kind
+
+
+def passing(error: StateError) -> bool:
+    """Whether the same write may succeed later."""
+    return error.code in PASSING_CODES
+
 
 class Store:
     """Not thread-safe: one thread owns it. Every method raises ``StateError`` when the disk refuses."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._files: dict[Path, tuple[int, int]] = {}  # device and number of what we have open
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -131,15 +158,41 @@ class Store:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         try:
+            self._undo()  # if that failed after the last write
             self._db.execute("BEGIN IMMEDIATE")
             yield
-            self._db.execute("COMMIT")
+            self._still_there()
+            self._commit()
         except BaseException as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error | OverflowError):
+            with contextlib.suppress(sqlite3.Error):
+                self._undo()
+            if isinstance(error, sqlite3.Error | OverflowError | OSError):
                 raise self._refused(error) from None
             raise
+
+    def _undo(self) -> None:
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+
+    def _commit(self) -> None:
+        self._db.execute("COMMIT")
+
+    def _still_there(self) -> None:
+        """SQLite goes on writing into files that somebody has deleted: then nothing may be acknowledged."""
+        for path in (self.path, self.path.with_name(self.path.name + "-wal")):
+            try:
+                found = os.stat(path)
+            except FileNotFoundError:
+                raise self._moved(path) from None
+            if self._files.setdefault(path, (found.st_dev, found.st_ino)) != (found.st_dev, found.st_ino):
+                raise self._moved(path)
+
+    def _moved(self, path: Path) -> StateError:
+        return StateError(
+            f"{path} was deleted or replaced while the run was using it",
+            hint="Put it back as it was, from a copy if need be: the same command goes on from there.",
+            code="moved",
+        )
 
     def _set(self, key: str, value: Any) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?,?)", (key, json.dumps(value)))
@@ -169,13 +222,26 @@ class Store:
         return None if stored is None else mark_from_json(stored)
 
     def _refused(self, error: Exception) -> StateError:
-        text = str(error)
-        if "full" in text:
-            return StateError(
-                f"{self.path}: the disk is full",
-                hint="Free some space and start again: nothing acknowledged is lost.",
-            )
-        return StateError(f"{self.path}: {text}", hint="Check that the folder exists and may be written.")
+        """By SQLite's codes: :data:`PASSING` or final."""
+        extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR if isinstance(error, OSError) else 0)
+        primary = extended & 0xFF
+        if primary == sqlite3.SQLITE_FULL or (primary == sqlite3.SQLITE_IOERR and self._no_room()):
+            code, hint = PASSING[sqlite3.SQLITE_FULL]
+            return StateError(f"{self.path}: the disk is full", hint=f"{hint}: {NOTHING_LOST}", code=code)
+        if primary in PASSING and extended not in MOVED:
+            code, hint = PASSING[primary]
+            return StateError(f"{self.path}: {error}", hint=f"{hint}: {NOTHING_LOST}", code=code)
+        if primary in DAMAGED or extended in MOVED:
+            hint = "Restore it from a copy, or start a new run with another --data-dir."
+            return StateError(f"{self.path}: {error}", hint=hint, code="damaged")
+        return StateError(f"{self.path}: {error}", hint="This is potluck's own mistake: please report it.")
+
+    def _no_room(self) -> bool:
+        """SQLite names a full disk so only where it writes the database itself."""
+        try:
+            return shutil.disk_usage(self.path.parent).free < PAGE_NBYTES
+        except OSError:
+            return False
 
 
 def mark_to_json(mark: Mark) -> dict[str, Any]:

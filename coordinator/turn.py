@@ -170,6 +170,15 @@ class Turn(ABC):
         if self.state.publish is not None and self.state.publish <= at:
             self.set(publish=None)
 
+    def unpublished(self, at: int, why: str) -> None:
+        """Only the last model is worth waiting for: its workers try again. Else they go on, and the next one is due."""
+        if self.state.publish != at:
+            return
+        last = self.state.phase == "finishing"
+        self.journal(ev.PublishFailed(step=at, why=why, again=last))
+        if not last:
+            self.set(publish=None)
+
     def stop_asked(self) -> None:
         self.set(stop_asked=True)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from simulated_crew import simulate
-from simulated_world import SEEDS, Broken
+from simulated_disk import Broken
+from simulated_world import SEEDS
 
 from potluck.coordinator import planning, run
 from potluck.coordinator.state import (

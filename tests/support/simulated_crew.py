@@ -6,15 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from simulated_disk import Broken, hold
 from simulated_world import (
     CALM_EVENTS,
     FAULTY_EVENTS,
-    Broken,
     Content,
     Worker,
     World,
     digest_of,
-    hold,
 )
 
 from potluck.coordinator.state import (

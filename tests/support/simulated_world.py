@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from simulated_disk import LEDGER, SHIFT, FailingDisk, hold, same
+
 from potluck.coordinator.run import step, view_of
 from potluck.coordinator.service import open_run, rules_of
+from potluck.coordinator.standstill import Standstill, shifted
 from potluck.coordinator.state import (
     Commit,
     Dismiss,
     Gone,
     Input,
     Joined,
+    Journal,
     Mark,
     Member,
     Rules,
@@ -26,7 +31,6 @@ from potluck.coordinator.state import (
     Tick,
     Uncommit,
 )
-from potluck.coordinator.store import Store
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.config import (
     CheckpointConfig,
@@ -77,15 +81,6 @@ def a_config(rng: random.Random) -> RunConfig:
         checkpoint=CheckpointConfig(publish_rounds=rng.choice([1, 3, 50])),
         coordinator=CoordinatorConfig(wait_for=rng.choice([0, 3]), lease_seconds=60.0, patience_seconds=5.0),
     )
-
-
-class Broken(AssertionError):
-    """An invariant does not hold."""
-
-
-def hold(condition: object, what: str) -> None:
-    if not condition:
-        raise Broken(what)
 
 
 @dataclass
@@ -142,7 +137,7 @@ class World:
         self.config = a_config(self.rng)
         self.rules: Rules = replace(rules_of(self.config, MANIFEST), silence_seconds=6.0, settle_seconds=0.3)
         self.now = 1000.0
-        self.store = Store(folder / "run.sqlite")
+        self.store = FailingDisk(folder / "run.sqlite")
         self.store._db.execute("PRAGMA synchronous=OFF")
         self.state = RunState()
         self.acked: dict[bytes, int] = {}
@@ -151,6 +146,8 @@ class World:
         self.generation = 0
         self.wiped = False
         self.faulty = True
+        self.standing: Standstill | None = None
+        self.backlog: list[tuple[Input, Worker | None, bytes, int]] = []
         self.open()
         count = max(len(self.rules.layers), self.rules.wait_for) + self.rng.randint(0, 2)
         self.workers = {f"p{i}": Worker(f"p{i}", self.rng.choice([0.5, 1.0, 2.0])) for i in range(count)}
@@ -161,11 +158,43 @@ class World:
         """A coordinator starts on what is on the disk: every line is new."""
         self.state = replace(open_run(self.store, self.config, MANIFEST)[2], since=self.now)
         self.acked, self.uploads = {}, {}
+        self.standing, self.backlog = None, []
         for worker in getattr(self, "workers", {}).values():
             worker.connected, worker.news = False, None
 
     def feed(self, what: Input, worker: Worker | None = None, seq: int = 0) -> None:
+        """Something happens; while the disk refuses, it waits. Ticks and heartbeats are left out meanwhile."""
+        fleeting = isinstance(what, Tick) or (isinstance(what, Said) and what.report.HasField("heartbeat"))
+        if not (self.standing and fleeting):
+            self.backlog.append((what, worker, worker.session if worker else b"", seq))
+        if self.standing and self.faulty and self.rng.random() < 0.9:
+            self.refuse()
+            return
+        if self.standing:
+            state, event = self.standing.resumed(self.state, self.now)
+            self.store.write([Journal(event=event)], self.now)
+            self.state, self.standing = state, None
+        while self.backlog:
+            self.take(*self.backlog[0])
+            if self.standing:
+                return
+            del self.backlog[:1]  # after a crash there is none
+
+    def refuse(self) -> None:
+        """The disk fills up, or is still full."""
+        state = self.standing.resumed(self.state, self.now)[0] if self.standing else self.state
+        _, commands = step(self.rules, state, self.backlog[0][0] if self.backlog else Tick(), self.now)
+        code = self.rng.choice([sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_FSYNC])
+        error = self.store.refused_write([c for c in commands if not isinstance(c, Dismiss)], self.now, code)
+        self.standing = self.standing.again(error) if self.standing else Standstill(since=self.now, error=error)
+
+    def take(self, what: Input, worker: Worker | None, session: bytes, seq: int) -> None:
+        if self.faulty and self.rng.random() < 0.004:
+            self.refuse()
+            return
         state, commands = step(self.rules, self.state, what, self.now)
+        later = step(self.rules, shifted(self.state, SHIFT), what, self.now + SHIFT)[0]
+        hold(same(later, shifted(state, SHIFT)), "a standstill makes a difference")
         crash = self.rng.random() if self.faulty else 1.0
         if crash < 0.003:
             self.open()
@@ -177,8 +206,8 @@ class World:
         if crash < 0.006:
             self.open()
             return
-        if worker and seq:
-            self.acked[worker.session] = max(seq, self.acked.get(worker.session, 0))
+        if worker and seq and session == worker.session:
+            self.acked[session] = max(seq, self.acked.get(session, 0))
             if self.faulty and self.rng.random() < 0.03:  # the line breaks, and the acknowledgement is lost with it
                 worker.connected, worker.news = False, None
             worker.unacked = [u for u in worker.unacked if u.seq > seq or not worker.connected]
@@ -196,9 +225,7 @@ class World:
 
     def check(self, before: RunState, commands: list[Any]) -> None:
         state = self.state
-        rows = self.store.rows(
-            "SELECT first, count, state, step FROM ledger WHERE state IN ('leased', 'committed') ORDER BY first, state"
-        )
+        rows = self.store.rows(f"{LEDGER} WHERE state IN ('leased', 'committed') ORDER BY first, state")
         end = committed = 0
         for first, count, what, _ in rows:
             hold(first == end, f"sample {first} is out twice, or samples from {end} are skipped")
@@ -296,7 +323,7 @@ class World:
             if self.faulty and self.rng.random() < 0.6:
                 return
             worker.start(self.rng.randbytes(8))
-        if worker.connected:
+        if worker.connected or self.standing:  # then it waits at the door
             return
         worker.connected, worker.sent = True, 0
         acked = self.acked.get(worker.session, 0)

@@ -1,0 +1,128 @@
+"""A real hub on a disk that refuses on demand, and its workers: which writes fail is data, nothing sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+from simulated_disk import FailingDisk
+from simulated_world import MANIFEST
+
+from potluck.coordinator.board import Board
+from potluck.coordinator.hub import Hub, Line
+from potluck.coordinator.service import open_run, rules_of
+from potluck.coordinator.state import Member, Uploaded
+from potluck.protocol import control_pb2 as pb
+from potluck.protocol.config import RunConfig
+from potluck.protocol.plan import SavePoint
+from potluck.protocol.schedule import is_round
+from potluck.worker import plan as rules_of_worker
+from potluck.worker.control import view_from
+from potluck.worker.plan import Local, View, next_action
+
+
+class Hand(Line):
+    """A worker by its real rules, without any training. Checks what it is sent while the disk refuses."""
+
+    def __init__(self, peer: str, hub: Hub, config: RunConfig, uploads: set[tuple[int, int]]) -> None:
+        super().__init__(peer, f"session-{peer}".encode())
+        self.hub, self.config, self.uploads = hub, config, uploads
+        self.view, self.local, self.digest, self.since = View(), Local(peer=peer), b"start", 0
+        self.acks: list[int] = []
+        self.notes: list[str] = []
+        self.said: list[pb.Up] = []
+
+    def send(self, message: pb.Down) -> None:
+        if message.HasField("view"):
+            view = message.view
+            if self.hub.standing:
+                assert view.until == self.view.until and view.committed == self.view.committed, "a lease without a disk"
+                assert not self.view.plan or view.plan.generation == self.view.plan.generation
+            self.notes.append(view.note)
+            self.view = view_from(view)
+        elif message.HasField("ack"):
+            assert not self.hub.standing, "acknowledged while the disk refuses"
+            self.acks.append(message.ack.seq)
+        super().send(message)
+
+    async def live(self) -> None:
+        """From its first word to its release."""
+        self.hub.connect(self)
+        points: frozenset[SavePoint] = frozenset()
+        await self.hub.enter(
+            self, Member(peer=self.peer, name=self.peer, memory_gb=9.0, session=self.session, savepoints=points)
+        )
+        while True:
+            action = next_action(self.view, self.local, self.config)
+            if action is None:
+                await self.outbox.get()
+            elif isinstance(action, rules_of_worker.Exit):
+                break
+            else:
+                await self.do(action)
+        while not self.acks or self.acks[-1] < len(self.said):
+            await self.outbox.get()
+        self.hub.hang_up(self)
+
+    async def report(self, **body: object) -> None:
+        self.said.append(pb.Up(seq=len(self.said) + 1, **body))  # type: ignore[arg-type]
+        await self.hub.report(self, self.said[-1])
+        await self.hub.report(self, pb.Up(heartbeat=pb.Heartbeat(state="training", traffic=[self.traffic()])))
+
+    def traffic(self) -> pb.Traffic:
+        return pb.Traffic(peer="x", direction="out", purpose="activation", nbytes=len(self.said), dense_nbytes=1)
+
+    async def do(self, action: rules_of_worker.Action) -> None:
+        plan = self.view.plan
+        assert plan
+        generation, stage = plan.generation, plan.places[self.peer][0]
+        match action:
+            case rules_of_worker.TakeSeat():
+                self.local = Local(
+                    peer=self.peer, generation=generation, seated=True, step=plan.first_step, round=plan.first_step
+                )
+                await self.report(ready=pb.Ready(generation=generation, digest=self.digest))
+            case rules_of_worker.Train(step=at):
+                self.local, self.since = replace(self.local, step=at + 1), self.since + plan.samples_per_step
+                done = pb.StepDone(generation=generation, step=at, samples=1, loss_sum=1.0, targets=1)
+                await self.report(step_done=done)
+                if is_round(self.config.sync.resolved(), self.config.seed, at):
+                    await self.round(at + 1)
+            case rules_of_worker.CloseRound(step=at):
+                await self.round(at)
+            case rules_of_worker.Evaluate(position=at):
+                self.local = replace(self.local, evaluated=at)
+                await self.report(eval_done=pb.EvalDone(generation=generation, step=at, loss_sum=1.0, targets=1))
+            case rules_of_worker.Publish(step=at):
+                self.local = replace(self.local, published=at)
+                self.uploads.add((at, stage))
+                if {(at, i) for i in range(len(plan.stages))} <= self.uploads:
+                    self.hub.put(Uploaded(step=at, path="memory"))
+
+    async def round(self, at: int) -> None:
+        assert self.view.plan
+        stage, base = self.view.plan.places[self.peer][0], self.digest
+        self.digest, samples, self.since = f"{stage}@{at}".encode(), self.since, 0
+        self.local = replace(self.local, round=at)
+        await self.report(
+            round_done=pb.RoundDone(
+                generation=self.local.generation, step=at, samples=samples, digest=self.digest, base_digest=base
+            )
+        )
+
+
+def a_hub(config: RunConfig, folder: Path) -> Hub:
+    """A hub on a failing disk that does not fail yet."""
+    store = FailingDisk(folder / "run.sqlite")
+    run_id, _, state = open_run(store, config, MANIFEST)
+    rules = replace(rules_of(config, MANIFEST), settle_seconds=0.0)
+    return Hub(rules, state, store, Board(config, rules, run_id, 300, store))
+
+
+async def finished(hub: Hub, hands: list[Hand]) -> None:
+    """All hands at work until the run is over."""
+    async with asyncio.timeout(30.0), asyncio.TaskGroup() as group:
+        for hand in hands:
+            group.create_task(hand.live())
+        assert await hub.until_phase("finished", "stopped") == "finished"
