@@ -39,6 +39,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "every 20": {"preset": "dense", "every": 20, "delay": 1},
     "every 20, Nesterov": {"preset": "dense", "every": 20, "delay": 1, "outer_momentum": 0.9},
     "every 50": {"preset": "dense", "every": 50, "delay": 1},
+    "every 100": {"preset": "dense", "every": 100, "delay": 1},
 }
 OUTER: dict[str, tuple[float, ...]] = {
     "every step": (1.0,),
@@ -47,6 +48,7 @@ OUTER: dict[str, tuple[float, ...]] = {
     "every 20": (1.0, 1.5),
     "every 20, Nesterov": (0.4, 0.7),
     "every 50": (1.0,),
+    "every 100": (1.0,),
 }
 
 
@@ -71,6 +73,9 @@ SETTINGS: list[Setting] = [
     weights("cocktail: mask 10 %, top 20 %, 4 bits", "every step", density=0.1, topk=0.2, bits=4, delay=1),
     weights("mask 10 %, 4 bits, every 5", "every 5", density=0.1, bits=4),
     weights("everything, 4 bits", "every 20", bits=4),
+    weights("everything, 2 bits", "every 20", bits=2),
+    weights("everything, 2 bits, every 50", "every 50", bits=2),
+    weights("everything, 2 bits, every 100", "every 100", bits=2),
     weights("mask 25 %, 4 bits", "every 20", density=0.25, bits=4),
     weights("mask 10 %, 4 bits", "every 20", density=0.1, bits=4),
     weights("mask 5 %, 4 bits", "every 20", density=0.05, bits=4),
@@ -93,16 +98,18 @@ SETTINGS: list[Setting] = [
     activations("int2:tile=64,hadamard", "int2:tile=64,hadamard"),
     *(
         Setting(
-            name=f"mask 10 %, 4 bits; {forward} / {backward}",
-            schedule="every 20",
+            name=f"{what}, {schedule}; {forward} / {backward}",
+            schedule=schedule,
             group="together",
-            sync={"density": 0.1, "bits": 4},
+            sync=sync,
             activations={"forward": forward, "backward": backward},
         )
-        for forward, backward in [
-            ("int4:tile=64", "int4:tile=64"),
-            ("int3:tile=64,hadamard", "int4:tile=64,hadamard"),
-            ("int3:tile=64,hadamard", "int3:tile=64,hadamard"),
+        for what, schedule, sync, forward, backward in [
+            ("everything, 4 bits", "every 20", {"bits": 4}, "int4:tile=64,hadamard", "int4:tile=64,hadamard"),
+            ("everything, 2 bits", "every 20", {"bits": 2}, "int4:tile=64,hadamard", "int4:tile=64,hadamard"),
+            ("everything, 2 bits", "every 50", {"bits": 2}, "int4:tile=64,hadamard", "int4:tile=64,hadamard"),
+            ("everything, 2 bits", "every 50", {"bits": 2}, "int3:tile=64,hadamard", "int3:tile=64,hadamard"),
+            ("mask 10 %, 4 bits", "every 20", {"density": 0.1, "bits": 4}, "int4:tile=64", "int4:tile=64"),
         ]
     ),
 ]

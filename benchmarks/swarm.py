@@ -104,7 +104,7 @@ class Swarm:
             microbatches=config.pipeline.microbatches,
             microbatch_size=config.pipeline.microbatch_size,
         )
-        last = config.steps if config.sync.resolved().sparse else -1
+        last = config.steps if config.sync.resolved().completes else -1
         self.memory = Memory({peer: Mailbox() for peer in self.plan.places}, last_step=last)
         self.stages: dict[str, Stage] = {}
         self._losses = [0.0] * config.steps

@@ -135,9 +135,13 @@ class Sync(Section, frozen=True, kw_only=True):
     outer_momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # Nesterov's, on the mean difference
 
     @property
-    def sparse(self) -> bool:
-        """Whether a round leaves weights out."""
-        return self.density < 1.0 or self.topk < 1.0
+    def completes(self) -> bool:
+        """Whether a run's last round sends everything: what sparse ones left in the weights would be lost to the model.
+
+        Not so with explicit feedback: its weights return to the reference and learn anew what was not sent, so the
+        buffer holds the same steps many times over.
+        """
+        return (self.density < 1.0 or self.topk < 1.0) and self.feedback == "implicit"
 
     def check(self) -> None:
         """Raises ``ConfigError`` for settings that are fine one by one but make no sense together."""

@@ -8,6 +8,7 @@ value of some mark answers with a ``MISS`` and gets the same microbatch once mor
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ class Memory:
         self.codecs = codecs_of(config)
         self.codecs.nbytes(self.shape)
         slot_nbytes = 2 * self.shape[0] * self.shape[1]
-        self.slots = Slots(folder, round(config.activations.cache_gb * 1e9), slot_nbytes)
+        self.slots = Slots(folder, min(round(config.activations.cache_gb * 1e9), half_of_free(folder)), slot_nbytes)
         self.buffers: dict[Route, Buffer] = {}
 
     def follow(self, seat: Seat) -> None:
@@ -128,6 +129,15 @@ class Memory:
 
     def close(self) -> None:
         self.slots.close()
+
+
+def half_of_free(folder: Path) -> int:
+    """Half of what the disk of ``folder`` has left: what a run asks for does not fill it, whatever it asks for."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(folder).free // 2
+    except OSError:
+        return 0
 
 
 class Boundary:

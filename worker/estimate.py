@@ -167,7 +167,7 @@ def round_nbytes(config: RunConfig, n: int, fragment: int, replicas: int, *, ful
     if replicas == 1:
         return total
     for a, b in (shard for piece in layout(n, sync.fragments, replicas)[fragment] for shard in piece.shards):
-        count = b - a if full else Mask(b - a, sync.density, 0).count
+        count = b - a if full and sync.completes else Mask(b - a, sync.density, 0).count
         payload = round(codec_of(sync, full=full).expected(count))
         each = frame_nbytes(Kind.SHARD, [TensorSpec(codec=WEIGHTS, shape=(b - a,), nbytes=payload)])
         total += 2 * (replicas - 1) * each  # the others' shards to their owner, his mean to them

@@ -258,7 +258,7 @@ def frame_check(
     """What may come in at all: this run's frames, of sizes that its shapes and codecs allow.
 
     ``weights_nbytes(n)`` is the longest payload of a round's piece for n weights; ``most`` the weights of the largest
-    stage.
+    piece.
     """
 
     def check(header: Header) -> None:

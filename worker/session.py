@@ -37,7 +37,7 @@ from .mailbox import Mailbox
 from .offer import Say, WorkerConfig
 from .outside import EngineConfig, Views
 from .plan import View
-from .shards import most_nbytes
+from .shards import MOST_WEIGHTS, most_nbytes
 from .warm import warm
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,9 @@ class Session:
         layers = split_layers(run.model.layers, run.pipeline.stages, **shape)
         most = max(stage_parameters(a, b, run.model.layers, **shape) for a, b in layers)
         boundary = boundary_check(run, manifest.vocab_size)
-        self._checks.append(frame_check(self.run_name, boundary, partial(most_nbytes, run.sync.resolved()), most))
+        self._checks.append(
+            frame_check(self.run_name, boundary, partial(most_nbytes, run.sync.resolved()), min(most, MOST_WEIGHTS))
+        )
         self.say(f"joined run {run.name} as {self.config.name} ({self.identity.peer_id[:8]})")
         config = EngineConfig(
             run=run,

@@ -42,8 +42,8 @@ def layout(n: int, fragments: int, replicas: int) -> list[list[Piece]]:
 
 
 def codec_of(sync: Sync, *, full: bool = False) -> SyncCodec:
-    """What the values of a round go through; ``full``: of a run's last round, in which everything is sent."""
-    if full and sync.sparse:
+    """What the values of a round go through; ``full``: of a run's last round, where that one sends everything."""
+    if full and sync.completes:
         return SyncCodec(bits=max(sync.bits, LAST_BITS))
     return SyncCodec(topk=sync.topk, chunk=sync.chunk, bits=sync.bits)
 

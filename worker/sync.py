@@ -92,8 +92,7 @@ class Synchronizer:
     ) -> Capture:
         """Copies what the round needs, so that training may go on.
 
-        ``full``: the round that ends a run, in which neither mask nor top-k leaves anything out. What a sparse round
-        leaves in the replicas' own weights would be lost to the model that is published.
+        ``full``: the round that ends a run, in which neither mask nor top-k leaves anything out (``Sync.completes``).
         """
         plan = self.seat.plan
         point = SavePoint(
@@ -103,6 +102,7 @@ class Synchronizer:
             first_layer=stage.first,
             last_layer=stage.last,
         )
+        full = full and self.sync.completes
         return Capture(state=stage.state(point), samples=samples, fragments=tuple(fragments), full=full)
 
     def exchange(self, capture: Capture) -> Outcome:
