@@ -65,6 +65,8 @@ def activations(forward: str, backward: str) -> Setting:
     )
 
 
+HADAMARD_4, HADAMARD_3 = "int4:tile=64,hadamard", "int3:tile=64,hadamard"
+STREAM: dict[str, Any] = {"fragments": 4, "delay": 4}
 SPARSELOCO: dict[str, Any] = {"chunk": 4096, "bits": 2, "feedback": "explicit", "decay": 0.95}
 
 SETTINGS: list[Setting] = [
@@ -74,6 +76,8 @@ SETTINGS: list[Setting] = [
     weights("mask 10 %, 4 bits, every 5", "every 5", density=0.1, bits=4),
     weights("everything, 4 bits", "every 20", bits=4),
     weights("everything, 2 bits", "every 20", bits=2),
+    weights("everything, 4 bits, 4 fragments, 4 steps late", "every 20", bits=4, **STREAM),
+    weights("everything, 2 bits, 4 fragments, 4 steps late", "every 20", bits=2, **STREAM),
     weights("everything, 2 bits, every 50", "every 50", bits=2),
     weights("everything, 2 bits, every 100", "every 100", bits=2),
     weights("mask 25 %, 4 bits", "every 20", density=0.25, bits=4),
@@ -105,10 +109,10 @@ SETTINGS: list[Setting] = [
             activations={"forward": forward, "backward": backward},
         )
         for what, schedule, sync, forward, backward in [
-            ("everything, 4 bits", "every 20", {"bits": 4}, "int4:tile=64,hadamard", "int4:tile=64,hadamard"),
-            ("everything, 2 bits", "every 20", {"bits": 2}, "int4:tile=64,hadamard", "int4:tile=64,hadamard"),
-            ("everything, 2 bits", "every 50", {"bits": 2}, "int4:tile=64,hadamard", "int4:tile=64,hadamard"),
-            ("everything, 2 bits", "every 50", {"bits": 2}, "int3:tile=64,hadamard", "int3:tile=64,hadamard"),
+            ("4 bits, 4 fragments", "every 20", {"bits": 4, **STREAM}, HADAMARD_4, HADAMARD_4),
+            ("2 bits, 4 fragments", "every 20", {"bits": 2, **STREAM}, HADAMARD_4, HADAMARD_4),
+            ("2 bits", "every 50", {"bits": 2}, HADAMARD_4, HADAMARD_4),
+            ("2 bits", "every 50", {"bits": 2}, HADAMARD_3, HADAMARD_3),
             ("mask 10 %, 4 bits", "every 20", {"density": 0.1, "bits": 4}, "int4:tile=64", "int4:tile=64"),
         ]
     ),

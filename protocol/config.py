@@ -75,8 +75,8 @@ class ActivationConfig(Section, frozen=True, kw_only=True):
     with the largest scale has 8 bits).
     """
 
-    forward: Codec = "int4:tile=64"
-    backward: Codec = "int8:tile=64"
+    forward: Codec = "int4:tile=64,hadamard"
+    backward: Codec = "int4:tile=64,hadamard"
     # Send samples of earlier epochs as what changed since (AQ-SGD): for runs of several epochs, see compression/aq.py.
     reuse: bool = False
     # Disk that a worker spends on it at most, in 10^9 bytes.
@@ -186,7 +186,7 @@ class Sync(Section, frozen=True, kw_only=True):
 
 
 PRESETS: dict[str, Sync] = {
-    "potluck": Sync(coin=1 / 8, density=0.25, bits=4),
+    "potluck": Sync(every=20, fragments=4, bits=2, delay=4),
     "gptjt": Sync(coin=1 / 50, bits=16),
     "cocktail": Sync(every=1, density=0.1, topk=0.2, bits=4),
     "diloco": Sync(every=20, bits=8, outer_lr=0.7, outer_momentum=0.9),

@@ -35,7 +35,7 @@ CONFIG = RunConfig(
     steps=8,
     model=ModelConfig(d_model=8, layers=4, heads=1, rotary_dim=2, seq_len=8),
     pipeline=PipelineConfig(stages=2, microbatches=2, microbatch_size=1),
-    sync=SyncConfig(preset="potluck", every=3),  # type: ignore[arg-type]
+    sync=SyncConfig(preset="cocktail", every=3),  # type: ignore[arg-type]
     eval=EvalConfig(every=5),
     checkpoint=CheckpointConfig(publish_rounds=100),
     coordinator=CoordinatorConfig(wait_for=2, lease_seconds=60.0),

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "model": {"d_model": 32, "layers": 2, "heads": 2, "rotary_dim": 8, "seq_len": 16},
     "data": {"vocab_size": 300, "heldout_share": 0.1},
     "pipeline": {"stages": 2, "microbatch_size": 2, "microbatches": 2},
-    "sync": {"every": 3},
+    "sync": {"every": 3, "fragments": 1, "delay": 1},
     "eval": {"every": 1000, "samples": 4},
     "checkpoint": {"save_rounds": 1, "publish_rounds": 10**9},
     "coordinator": {"patience_seconds": 60.0},

@@ -26,7 +26,15 @@ RUN = {
     "coordinator": {"wait_for": 4},
 }
 RULES = {
-    "top-k and fragments": {"every": 4, "fragments": 2, "density": 0.5, "topk": 0.1, "chunk": 1024, "bits": 4},
+    "top-k and fragments": {
+        "every": 4,
+        "fragments": 2,
+        "density": 0.5,
+        "topk": 0.1,
+        "chunk": 1024,
+        "bits": 4,
+        "delay": 1,
+    },
     "a coin": {"preset": "gptjt", "coin": 0.2},
 }
 

@@ -19,7 +19,7 @@ def test_presets_make_sense(preset: str) -> None:
 def test_coin_and_every_replace_each_other() -> None:
     by_chance = SyncConfig(preset="cocktail", coin=0.25).resolved()
     assert (by_chance.coin, by_chance.every) == (0.25, None)
-    regular = SyncConfig(preset="potluck", every=7).resolved()
+    regular = SyncConfig(preset="gptjt", every=7).resolved()
     assert (regular.coin, regular.every) == (None, 7)
 
 

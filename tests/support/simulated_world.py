@@ -76,7 +76,7 @@ def a_config(rng: random.Random) -> RunConfig:
         steps=rng.randint(6, 16),
         model=ModelConfig(d_model=8, layers=4, heads=1, rotary_dim=2, seq_len=8),
         pipeline=PipelineConfig(stages=rng.choice([1, 2, 2, 3]), microbatches=2, microbatch_size=1),
-        sync=SyncConfig(preset="potluck", **sync),  # type: ignore[arg-type]
+        sync=SyncConfig(preset="cocktail", **sync),  # type: ignore[arg-type]
         eval=EvalConfig(every=5),
         checkpoint=CheckpointConfig(publish_rounds=rng.choice([1, 3, 50])),
         coordinator=CoordinatorConfig(wait_for=rng.choice([0, 3]), lease_seconds=60.0, patience_seconds=5.0),

@@ -119,8 +119,9 @@ def test_two_replicas_equal_the_loop_with_the_double_batch(local_run, make_confi
 @pytest.mark.parametrize(
     "sync",
     [
-        {"preset": "potluck", "every": 2},
-        {"preset": "potluck", "every": 2, "delay": 0},
+        {"preset": "potluck"},
+        {"preset": "cocktail", "density": 0.25, "topk": 1.0, "every": 2},
+        {"preset": "cocktail", "density": 0.25, "topk": 1.0, "every": 2, "delay": 0},
         {"preset": "cocktail"},
         {"preset": "diloco", "every": 3},
         {"preset": "gptjt", "coin": 0.4},

@@ -61,7 +61,7 @@ def test_a_corrupted_replica_is_found_and_takes_the_state_over_anew(local_run, m
     [
         {"preset": "dense"},
         {"preset": "dense", "every": 3},
-        {"preset": "potluck", "every": 3, "delay": 0},
+        {"preset": "cocktail", "density": 0.25, "topk": 1.0, "every": 3, "delay": 0},
         {"preset": "diloco", "every": 3, "delay": 0},
         {"preset": "diloco", "every": 4, "fragments": 2, "delay": 0},
         {"preset": "sparseloco", "every": 3, "delay": 0, "chunk": 256},
@@ -123,7 +123,9 @@ def test_a_lost_replica_costs_no_committed_work(local_run, make_config):
 
 
 def test_a_newcomer_takes_the_state_from_a_donor_and_is_used(local_run, make_config):
-    config = make_config(steps=12, sync={"preset": "potluck", "every": 3}, coordinator={"wait_for": 2})
+    config = make_config(
+        steps=12, sync={"preset": "cocktail", "density": 0.25, "topk": 1.0, "every": 3}, coordinator={"wait_for": 2}
+    )
     ours = local_run(config)
     ours.on_event = lambda event: (
         setattr(ours, "late", True) if isinstance(event, events.RoundCommitted) and event.round == 1 else None
