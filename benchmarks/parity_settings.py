@@ -39,6 +39,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "every 20": {"preset": "dense", "every": 20, "delay": 1},
     "every 20, Nesterov": {"preset": "dense", "every": 20, "delay": 1, "outer_momentum": 0.9},
     "every 50": {"preset": "dense", "every": 50, "delay": 1},
+    "every 60": {"preset": "dense", "every": 60, "delay": 1},
     "every 100": {"preset": "dense", "every": 100, "delay": 1},
 }
 OUTER: dict[str, tuple[float, ...]] = {
@@ -48,6 +49,7 @@ OUTER: dict[str, tuple[float, ...]] = {
     "every 20": (1.0, 1.5),
     "every 20, Nesterov": (0.4, 0.7),
     "every 50": (1.0,),
+    "every 60": (1.0,),
     "every 100": (1.0,),
 }
 
@@ -79,6 +81,7 @@ SETTINGS: list[Setting] = [
     weights("everything, 4 bits, 4 fragments, 4 steps late", "every 20", bits=4, **STREAM),
     weights("everything, 2 bits, 4 fragments, 4 steps late", "every 20", bits=2, **STREAM),
     weights("everything, 2 bits, every 50", "every 50", bits=2),
+    weights("everything, 2 bits, every 60", "every 60", bits=2),
     weights("everything, 2 bits, every 100", "every 100", bits=2),
     weights("mask 25 %, 4 bits", "every 20", density=0.25, bits=4),
     weights("mask 10 %, 4 bits", "every 20", density=0.1, bits=4),
