@@ -50,7 +50,7 @@ DEMO = {
     "model": {"d_model": 128, "layers": 2, "heads": 4, "rotary_dim": 16, "seq_len": 64},
     "pipeline": {"stages": 2, "microbatch_size": 2, "microbatches": 4, "recompute": False},
     "activations": {"forward": "int4:tile=64", "backward": "int8:tile=64"},
-    "sync": {"preset": "potluck", "every": 8},
+    "sync": {"preset": "potluck", "every": 8, "delay": 2},
     "eval": {"every": 15, "samples": 8},
     "coordinator": {"wait_for": 4},
 }
