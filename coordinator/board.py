@@ -198,6 +198,8 @@ class Board:
             for a, b in self.rules.layers
         ]
         shape = f"{model.layers} layers, d = {model.d_model}"
+        forward, backward = config.activations.forward, config.activations.backward
+        codec = f"{forward} both ways" if forward == backward else f"{forward} forward, {backward} backward"
         return {
             "version": self.version,
             "now": time.time(),
@@ -207,7 +209,7 @@ class Board:
                 "model": f"GPT-J shape, {sum(counts) / 1e6:.1f} M parameters, {shape}",
                 "stages": config.pipeline.stages,
                 "preset": config.sync.preset,
-                "codec": f"{config.activations.forward} forward, {config.activations.backward} backward",
+                "codec": codec,
             },
             "phase": state.phase,
             "note": state.note,
