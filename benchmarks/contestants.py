@@ -239,7 +239,7 @@ def syncs_of_potluck(x: Tensor) -> Iterator[Contestant]:
             if density == 1.0:
                 return sparse.add_to(into)
             values = sparse.values if sparse.indices is None else sparse.dense(mask.count)
-            return mask.add_to(into, values)
+            return mask.put(into, values)
 
         yield Contestant("potluck", name, encode, decode, counted=Mask(n, density, 1).gather, reset=into.zero_)
 

@@ -63,21 +63,21 @@ class Mask:
         _gather(source.contiguous().numpy(), *self._rule, out.numpy())
         return out
 
-    def add_to(self, vector: Tensor, values: Tensor, scale: float = 1.0) -> Tensor:
-        """Add `scale` times `values` at the positions of `vector` in place, and return it."""
-        self._check_pair(vector, values)
-        if self._rule is None:
-            vector.detach().add_(values, alpha=scale)
-            return vector
-        return self._write(_add, vector, values, np.float32(scale))
-
     def put(self, vector: Tensor, values: Tensor) -> Tensor:
-        """Overwrite the positions of `vector` with `values` in place, and return it."""
-        self._check_pair(vector, values)
+        """Overwrite the positions of `vector` (float32) with `values` in place, and return it."""
+        self._check(vector, self.n, "a vector")
+        self._check(values, self.count, "values")
+        if vector.dtype != torch.float32:
+            raise ValueError(f"a mask writes into float32, not {vector.dtype}")
+        target = vector.detach().contiguous()
+        source = values.detach().to(torch.float32).contiguous()
         if self._rule is None:
-            vector.detach().copy_(values)
-            return vector
-        return self._write(_put, vector, values, np.float32(1.0))
+            target.copy_(source)
+        else:
+            _put(target.numpy(), *self._rule, source.numpy())
+        if target.data_ptr() != vector.data_ptr():
+            vector.detach().copy_(target)
+        return vector
 
     def indices(self) -> Tensor:
         """The positions themselves, int64 [count]: 8 bytes each, for tests and small vectors."""
@@ -87,29 +87,9 @@ class Mask:
         _indices(*self._rule, out.numpy())
         return out
 
-    def _write(self, kernel: object, vector: Tensor, values: Tensor, scale: np.float32) -> Tensor:
-        assert callable(kernel) and self._rule is not None
-        target = vector.detach().contiguous()
-        source = values.detach().to(torch.float32).contiguous()
-        kernel(target.numpy(), *self._rule, source.numpy(), scale)
-        if target.data_ptr() != vector.data_ptr():
-            vector.detach().copy_(target)
-        return vector
-
-    def _check_pair(self, vector: Tensor, values: Tensor) -> None:
-        self._check(vector, self.n, "a vector")
-        self._check(values, self.count, "values")
-        if vector.dtype != torch.float32:
-            raise ValueError(f"a mask writes into float32, not {vector.dtype}")
-
     def _check(self, x: Tensor, n: int, what: str) -> None:
         if x.shape != (n,):
             raise ValueError(f"a mask of {self.count} of {self.n} positions was given {what} of shape {tuple(x.shape)}")
-
-
-def seeded_indices(n: int, density: float, seed: int, turn: int = 0) -> Tensor:
-    """The positions of `Mask(n, density, seed, turn)`, int64 [count(n, density)]."""
-    return Mask(n, density, seed, turn).indices()
 
 
 @jit
@@ -158,36 +138,7 @@ def _gather(vector: np.ndarray, n: int, m: int, key: np.uint64, narrow: int, wid
 
 
 @jit
-def _add(
-    vector: np.ndarray,
-    n: int,
-    m: int,
-    key: np.uint64,
-    narrow: int,
-    wide: int,
-    values: np.ndarray,
-    scale: np.float32,
-) -> None:
-    block = np.empty(_BLOCK, np.int64)
-    done = 0
-    while done < m:
-        size = _next(block, done, n, m, key, narrow, wide)
-        for j in range(size):
-            vector[np.uint64(block[j])] += scale * values[done + j]
-        done += size
-
-
-@jit
-def _put(
-    vector: np.ndarray,
-    n: int,
-    m: int,
-    key: np.uint64,
-    narrow: int,
-    wide: int,
-    values: np.ndarray,
-    scale: np.float32,
-) -> None:
+def _put(vector: np.ndarray, n: int, m: int, key: np.uint64, narrow: int, wide: int, values: np.ndarray) -> None:
     block = np.empty(_BLOCK, np.int64)
     done = 0
     while done < m:

@@ -1,35 +1,9 @@
-"""Codecs by their text, and a tensor packed together with what decodes it."""
+"""Codecs by their text."""
 
 import functools
-from dataclasses import dataclass
-
-from torch import Tensor
 
 from . import cast, tile, tile_format
 from .codec import Codec
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A payload together with what is needed to decode it."""
-
-    spec: str
-    shape: tuple[int, ...]
-    payload: bytes
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.payload)
-
-
-def pack(codec: Codec, x: Tensor, seed: int = 0) -> Packed:
-    """Encode `x` and keep its codec and shape beside the bytes."""
-    return Packed(codec.spec, tuple(x.shape), codec.encode(x, seed))
-
-
-def unpack(packed: Packed) -> Tensor:
-    """Decode what `pack` made; float32."""
-    return build(packed.spec).decode(packed.payload, packed.shape)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..compression.aq import MARK_NBYTES
-from ..compression.mask import Mask
+from ..compression.mask import count
 from ..compression.registry import build
 from ..protocol.config import RunConfig
 from ..protocol.frames import Header, Kind, Purpose, TensorSpec, encode_header, message_lengths
@@ -167,8 +167,8 @@ def round_nbytes(config: RunConfig, n: int, fragment: int, replicas: int, *, ful
     if replicas == 1:
         return total
     for a, b in (shard for piece in layout(n, sync.fragments, replicas)[fragment] for shard in piece.shards):
-        count = b - a if full and sync.completes else Mask(b - a, sync.density, 0).count
-        payload = round(codec_of(sync, full=full).expected(count))
+        values = b - a if full and sync.completes else count(b - a, sync.density)
+        payload = round(codec_of(sync, full=full).expected(values))
         each = frame_nbytes(Kind.SHARD, [TensorSpec(codec=WEIGHTS, shape=(b - a,), nbytes=payload)])
         total += 2 * (replicas - 1) * each  # the others' shards to their owner, his mean to them
     return total

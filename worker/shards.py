@@ -1,10 +1,10 @@
-"""How a stage's flat vector is cut for rounds: fragments that take turns, pieces that fit a frame, owners' shards."""
+"""What a round is made of: fragments that take turns, pieces that fit a frame, owners' shards, and their codec."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..compression.mask import Mask
+from ..compression.mask import count
 from ..compression.sync import SyncCodec
 from ..protocol.config import Sync
 
@@ -23,9 +23,9 @@ class Piece:
     shards: tuple[tuple[int, int], ...]
 
 
-def cut(n: int, count: int, start: int = 0) -> list[tuple[int, int]]:
-    """[start, end) of ``count`` parts of n elements from ``start`` on; sizes differ by at most one."""
-    return [(start + n * j // count, start + n * (j + 1) // count) for j in range(count)]
+def cut(n: int, parts: int, start: int = 0) -> list[tuple[int, int]]:
+    """[start, end) of ``parts`` parts of n elements from ``start`` on; sizes differ by at most one."""
+    return [(start + n * j // parts, start + n * (j + 1) // parts) for j in range(parts)]
 
 
 def layout(n: int, fragments: int, replicas: int) -> list[list[Piece]]:
@@ -50,4 +50,4 @@ def codec_of(sync: Sync, *, full: bool = False) -> SyncCodec:
 
 def most_nbytes(sync: Sync, n: int) -> int:
     """The longest payload that a round's piece for ``n`` weights, ``MOST_WEIGHTS`` at most, can have."""
-    return max(codec_of(sync).bound(Mask(n, sync.density, 0).count), codec_of(sync, full=True).bound(n))
+    return max(codec_of(sync).bound(count(n, sync.density)), codec_of(sync, full=True).bound(n))

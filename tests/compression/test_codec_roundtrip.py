@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from potluck.compression.codec import CodecError
-from potluck.compression.registry import Packed, build, pack, unpack
+from potluck.compression.registry import build
 
 TILED = [
     f"int{bits}:tile={tile}{mode}{random}{outliers}"
@@ -174,11 +174,3 @@ def test_build_is_cached_and_canonical() -> None:
     longest = build("int4:outliers=1024,random,hadamard,tile=128").spec
     assert len(longest) < 64
     assert longest.isascii() and longest.isprintable()
-
-
-def test_packed_carries_what_decoding_needs() -> None:
-    x = torch.randn(3, 50)
-    packed = pack(build("int8"), x)
-    assert packed == Packed("int8:tile=64", (3, 50), build("int8").encode(x))
-    assert packed.nbytes == build("int8").nbytes((3, 50))
-    assert torch.equal(unpack(packed), build("int8").decode(packed.payload, (3, 50)))

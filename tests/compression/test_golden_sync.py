@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from potluck.compression.mask import seeded_indices
+from potluck.compression.mask import Mask
 from potluck.compression.mean import weighted_mean
 from potluck.compression.position_kernels import write_golomb
 from potluck.compression.positions import Layout, encode_positions
@@ -46,7 +46,7 @@ def current() -> dict[str, object]:
     runs = torch.cat([torch.arange(4000 * i, 4000 * i + 1000) for i in range(4)])
     made["positions rans"] = encode_positions(runs, Layout(16000, 16000, 4000, 0)).hex()
     for n, density, seed in MASKS:
-        made[f"mask n={n} density={density} seed={seed}"] = seeded_indices(n, density, seed).tolist()
+        made[f"mask n={n} density={density} seed={seed}"] = Mask(n, density, seed).indices().tolist()
     pieces = [(Sparse(None, fixed(8) / 7), 5), (Sparse(torch.tensor([1, 6]), fixed(2) * 1e-9), 3)]
     made["mean"] = weighted_mean(pieces, 8).numpy().astype("<f4").tobytes().hex()
     return made

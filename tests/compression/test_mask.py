@@ -9,20 +9,20 @@ import torch
 from hypothesis import given, settings
 
 from potluck.compression.jit import jit
-from potluck.compression.mask import Mask, count, seeded_indices
+from potluck.compression.mask import Mask, count
 
 
 @given(n=st.integers(0, 9000), density=st.floats(1e-6, 1.0), seed=st.integers(-(1 << 70), 1 << 70))
 @settings(max_examples=250, deadline=None)
 def test_positions_are_sorted_distinct_and_counted(n: int, density: float, seed: int) -> None:
-    positions = seeded_indices(n, density, seed)
+    positions = Mask(n, density, seed).indices()
     assert positions.dtype == torch.int64
     assert positions.shape == (count(n, density),)
     assert (positions.diff() > 0).all()
     if n:
         assert positions[0] >= 0
         assert positions[-1] < n
-    assert torch.equal(positions, seeded_indices(n, density, seed))
+    assert torch.equal(positions, Mask(n, density, seed).indices())
 
 
 def by_definition(n: int, m: int, seed: int, turn: int) -> list[int]:
@@ -52,21 +52,19 @@ def test_positions_are_those_of_the_definition(n: int, m: int, seed: int, turn: 
     m = count(n, density)
     if n // m < 1 << 31:
         wanted = by_definition(n, m, seed, turn) if m < n else list(range(n))
-        assert seeded_indices(n, density, seed, turn).tolist() == wanted
+        assert Mask(n, density, seed, turn).indices().tolist() == wanted
 
 
 @given(n=st.integers(0, 6000), density=st.floats(1e-3, 1.0), seed=st.integers(0, 1 << 64), stride=st.integers(1, 3))
 @settings(max_examples=200, deadline=None)
 def test_a_mask_reads_and_writes_where_its_indices_say(n: int, density: float, seed: int, stride: int) -> None:
-    mask, where = Mask(n, density, seed), seeded_indices(n, density, seed)
+    mask, where = Mask(n, density, seed), Mask(n, density, seed).indices()
     assert torch.equal(mask.indices(), where)
     assert mask.count == where.numel()
     vector = torch.randn(n * stride, generator=torch.Generator().manual_seed(n))[::stride]
     values = torch.randn(mask.count * stride, generator=torch.Generator().manual_seed(n + 1))[::stride]
     before = vector.clone()
     assert torch.equal(mask.gather(vector), vector[where])
-    assert mask.add_to(vector, values, -0.3) is vector
-    assert torch.allclose(vector, before.index_add(0, where, values, alpha=-0.3), rtol=0, atol=1e-6)
     assert mask.put(vector, values) is vector
     assert torch.equal(vector, before.index_copy(0, where, values))
 
@@ -76,16 +74,16 @@ def test_a_parameter_can_be_masked() -> None:
     mask = Mask(10, 0.5, 3)
     part = mask.gather(weights)
     assert not part.requires_grad
-    mask.add_to(weights, part, -1.0)
+    mask.put(weights, torch.zeros_like(part))
     assert weights.detach()[mask.indices()].tolist() == [0.0] * 5
     assert weights.detach().sum() == 45 - part.sum()
 
 
 def test_density_one_is_everything_without_a_copy() -> None:
     vector = torch.randn(1000)
-    assert torch.equal(seeded_indices(1000, 1.0, 7), torch.arange(1000))
+    assert torch.equal(Mask(1000, 1.0, 7).indices(), torch.arange(1000))
     assert Mask(1000, 1.0, 7).gather(vector).data_ptr() == vector.data_ptr()
-    assert seeded_indices(0, 0.5, 7).shape == (0,)
+    assert Mask(0, 0.5, 7).indices().shape == (0,)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.37, 0.7, 0.95])
@@ -94,7 +92,7 @@ def test_the_seed_gives_every_position_of_a_stratum_the_same_chance(density: flo
     m = count(n, density)
     hits = torch.zeros(n)
     for seed in range(rounds):
-        hits[seeded_indices(n, density, seed)] += 1
+        hits[Mask(n, density, seed).indices()] += 1
     edges = [i * n // m for i in range(m + 1)]
     p = torch.cat([torch.full((b - a,), 1 / (b - a)) for a, b in pairwise(edges)])
     assert torch.equal(hits[p == 1], torch.full_like(hits[p == 1], rounds))
@@ -107,14 +105,14 @@ def test_the_seed_gives_every_position_of_a_stratum_the_same_chance(density: flo
 @pytest.mark.parametrize(("n", "density"), [(1000, 0.1), (997, 0.1), (500, 0.37), (100, 0.9), (64, 0.02)])
 def test_every_position_has_its_turn_in_as_many_rounds_as_a_stratum_is_wide(n: int, density: float) -> None:
     width = -(-n // count(n, density))
-    turns = [seeded_indices(n, density, 5, turn) for turn in range(7, 7 + width)]
+    turns = [Mask(n, density, 5, turn).indices() for turn in range(7, 7 + width)]
     assert torch.cat(turns).unique().numel() == n
     assert not torch.equal(turns[0], turns[1])
 
 
 def test_neighbouring_seeds_overlap_as_chance_has_it() -> None:
     n = 100_000
-    a, b = (set(seeded_indices(n, 0.1, seed).tolist()) for seed in (41, 42))
+    a, b = (set(Mask(n, 0.1, seed).indices().tolist()) for seed in (41, 42))
     assert len(a & b) == pytest.approx(1000, abs=150)
 
 
@@ -131,9 +129,9 @@ def test_tensors_of_other_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="vector"):
         mask.put(torch.zeros(10, 1), torch.zeros(5))
     with pytest.raises(ValueError, match="values"):
-        mask.add_to(torch.zeros(10), torch.zeros(6))
+        mask.put(torch.zeros(10), torch.zeros(6))
     with pytest.raises(ValueError, match="float32"):
-        mask.add_to(torch.zeros(10, dtype=torch.float64), torch.zeros(5))
+        mask.put(torch.zeros(10, dtype=torch.float64), torch.zeros(5))
 
 
 def test_loops_are_compiled_where_nothing_can_be_cached() -> None:
