@@ -16,7 +16,7 @@ from potluck.protocol.config import RunConfig
 from potluck.protocol.frames import Purpose
 from potluck.worker.estimate import Estimate, estimate
 
-from .parity_settings import RAW, REPLICAS, SCHEDULES, SETTINGS, SHAPE, STAGES, STEPS, Setting
+from .parity_settings import RAW, REPLICAS, SETTINGS, SHAPE, STAGES, STEPS, Setting
 
 Runs = dict[str, list[dict[str, Any]]]
 # The shape of GPT-J-6B on 4 stages x 4 replicas, with GPT-JT's batch: 16 sequences of 2,048 tokens a replica.
@@ -76,62 +76,60 @@ def fp16_boundaries() -> float:
     return 2 * 2 * SHAPE["model"]["d_model"] * (STAGES - 1)
 
 
-def weights_table(runs: Runs, settings: list[Setting]) -> list[str]:
-    lines = [
-        "| setting | schedule | weights, B/token | times less than fp16 every step | at GPT-J's shape, B/token"
-        " | gap to the same schedule uncompressed, % | gap to dense, % |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+def table(words: int, headings: list[str], rows: list[list[str]]) -> str:
+    """Markdown: the first ``words`` columns are words, the others numbers."""
+    marks = ["---"] * words + ["---:"] * (len(headings) - words)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, marks, *rows])
+
+
+SAME, DENSE = "gap to the same schedule uncompressed, %", "gap to dense, %"
+
+
+def gaps(runs: Runs, s: Setting) -> list[str]:
+    """The two columns that every setting has."""
+    return [gap(runs, s.name, uncompressed(s)), gap(runs, s.name, "uncompressed, every step")]
+
+
+def weights_table(runs: Runs, settings: list[Setting]) -> str:
+    rows = []
     for s in settings:
         weights, _ = measured(runs[s.name])
         big = scaled(runs[s.name][0]["job"]).nbytes[Purpose.WEIGHTS]
-        lines.append(
-            f"| {s.name} | {s.schedule} | {weights:,.2f} | {dense_weights() / weights:,.0f} | {big:,.0f}"
-            f" | {gap(runs, s.name, uncompressed(s))} | {gap(runs, s.name, 'uncompressed, every step')} |"
-        )
-    return lines
+        numbers = [f"{weights:,.2f}", f"{dense_weights() / weights:,.0f}", f"{big:,.0f}"]
+        rows.append([s.name, s.schedule, *numbers, *gaps(runs, s)])
+    headings = ["setting", "schedule", "weights, B/token", "times less than fp16 every step"]
+    return table(2, [*headings, "at GPT-J's shape, B/token", SAME, DENSE], rows)
 
 
-def activations_table(runs: Runs, settings: list[Setting]) -> list[str]:
-    lines = [
-        "| forward / backward | activations and gradients, B/token | times less than fp16"
-        " | gap to the same schedule uncompressed, % |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+def activations_table(runs: Runs, settings: list[Setting]) -> str:
+    rows = []
     for s in settings:
         _, crossing = measured(runs[s.name])
         ids = 2 * (STAGES - 1)  # targets travel along, two bytes each: not what is compressed
-        lines.append(
-            f"| {s.name} | {crossing:,.1f} | {fp16_boundaries() / (crossing - ids):.2f}"
-            f" | {gap(runs, s.name, uncompressed(s))} |"
-        )
-    return lines
+        less = fp16_boundaries() / (crossing - ids)
+        rows.append([s.name, f"{crossing:,.1f}", f"{less:.2f}", gap(runs, s.name, uncompressed(s))])
+    headings = ["forward / backward", "activations and gradients, B/token", "times less than fp16"]
+    return table(1, [*headings, SAME], rows)
 
 
-def together_table(runs: Runs, settings: list[Setting]) -> list[str]:
-    lines = [
-        "| setting | measured here, B/token | at GPT-J's shape: sent by all, B/token"
-        " | a machine, sent + received, B/token | gap to the same schedule uncompressed, % | gap to dense, % |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+def together_table(runs: Runs, settings: list[Setting]) -> str:
+    rows = []
     for s in settings:
         big = scaled(runs[s.name][0]["job"])
-        lines.append(
-            f"| {s.name} | {sum(measured(runs[s.name])):,.1f} | {big.total:,.0f} | {big.machine_nbytes():,.0f}"
-            f" | {gap(runs, s.name, uncompressed(s))} | {gap(runs, s.name, 'uncompressed, every step')} |"
-        )
-    return lines
+        numbers = [f"{sum(measured(runs[s.name])):,.1f}", f"{big.total:,.0f}", f"{big.machine_nbytes():,.0f}"]
+        rows.append([s.name, *numbers, *gaps(runs, s)])
+    headings = ["setting", "measured here, B/token", "at GPT-J's shape: sent by all, B/token"]
+    return table(1, [*headings, "a machine, sent + received, B/token", SAME, DENSE], rows)
 
 
-def schedules_table(runs: Runs, best: dict[str, dict[str, Any]]) -> list[str]:
-    lines = ["| rounds | lr | outer lr | held-out loss | gap to dense, % |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name in SCHEDULES:
+def schedules_table(runs: Runs, best: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name, chosen in best.items():
         mean, error = mean_and_error([r["heldout"] for r in runs[f"uncompressed, {name}"]])
-        lines.append(
-            f"| {name} | {best[name]['lr']} | {best[name]['outer_lr']} | {mean:.4f} ± {error:.4f}"
-            f" | {gap(runs, f'uncompressed, {name}', 'uncompressed, every step')} |"
-        )
-    return lines
+        rates = [str(chosen["lr"]), str(chosen["outer_lr"])]
+        to_dense = gap(runs, f"uncompressed, {name}", "uncompressed, every step")
+        rows.append([name, *rates, f"{mean:.4f} ± {error:.4f}", to_dense])
+    return table(1, ["rounds", "lr", "outer lr", "held-out loss", DENSE], rows)
 
 
 def write(docs: Path, runs: Runs, best: dict[str, dict[str, Any]], start: float) -> None:
@@ -170,7 +168,7 @@ rounds, same rates.
 
 ## Schedules, uncompressed
 
-{chr(10).join(schedules_table(runs, best))}
+{schedules_table(runs, best)}
 
 The search, at one seed: local rate / outer rate and the held-out loss they led to. A rate is doubled as long as that
 helps.
@@ -184,20 +182,20 @@ sent, in 8 bits: that one is left out of the measured bytes, since these runs ar
 the same settings send with 6.05 B parameters, 4 stages x 4 replicas, 16 x 2,048 tokens a replica and step, over 20,000
 steps and with the last round (calculated by `potluck estimate`'s code).
 
-{chr(10).join(weights_table(runs, groups["weights"]))}
+{weights_table(runs, groups["weights"])}
 
 ## Activations
 
 Both directions, rounds every 20 steps with everything in fp32.
 
-{chr(10).join(activations_table(runs, groups["activations"]))}
+{activations_table(runs, groups["activations"])}
 
 ## Together
 
 GPT-JT moved {GPTJT:,} bytes per token and machine, sent and received, for weights alone: its pipelines stayed inside a
 box. Here every pipeline byte crosses the internet too.
 
-{chr(10).join(together_table(runs, groups["together"]))}
+{together_table(runs, groups["together"])}
 """
     docs.mkdir(exist_ok=True)
     (docs / "PARITY.md").write_text(text, encoding="utf-8")

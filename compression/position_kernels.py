@@ -56,6 +56,17 @@ def read_bitmap(data: np.ndarray, out: np.ndarray) -> bool:
 
 
 @jit
+def spill(acc: np.uint64, filled: int, place: int, out: np.ndarray) -> tuple[np.uint64, int, int]:
+    """Write the whole bytes among the `filled` low bits of `acc`; what is left of the three."""
+    while filled >= 8:
+        out[place] = np.uint8(acc & np.uint64(255))
+        place += 1
+        acc >>= np.uint64(8)
+        filled -= 8
+    return acc, filled, place
+
+
+@jit
 def write_indices(positions: np.ndarray, chunk: int, width: int, out: np.ndarray) -> None:
     acc, filled, place = np.uint64(0), 0, 0
     start = 0
@@ -64,11 +75,7 @@ def write_indices(positions: np.ndarray, chunk: int, width: int, out: np.ndarray
             start += chunk
         acc |= np.uint64(p - start) << np.uint64(filled)
         filled += width
-        while filled >= 8:
-            out[place] = np.uint8(acc & np.uint64(255))
-            place += 1
-            acc >>= np.uint64(8)
-            filled -= 8
+        acc, filled, place = spill(acc, filled, place, out)
     if filled:
         out[place] = np.uint8(acc)
 
@@ -128,32 +135,19 @@ def write_golomb(positions: np.ndarray, m: int, out: np.ndarray) -> None:
         before = p
         quotient = np.int64(np.uint64(gap) // np.uint64(m))
         rest = gap - quotient * m
-        for part in range(2):
-            if part == 0:  # a one per quotient, ended by a zero
-                while quotient >= 24:
-                    acc |= np.uint64(0xFFFFFF) << np.uint64(filled)
-                    filled += 24
-                    quotient -= 24
-                    while filled >= 8:
-                        out[place] = np.uint8(acc & np.uint64(255))
-                        place += 1
-                        acc >>= np.uint64(8)
-                        filled -= 8
-                acc |= ((_ONE << np.uint64(quotient)) - _ONE) << np.uint64(filled)
-                filled += quotient + 1
-            elif width:
-                if rest < short:
-                    acc |= np.uint64(rest) << np.uint64(filled)
-                    filled += width - 1
-                else:  # the first width - 1 bits tell that another one follows
-                    code = rest + short
-                    acc |= (np.uint64(code >> 1) | np.uint64(code & 1) << np.uint64(width - 1)) << np.uint64(filled)
-                    filled += width
-            while filled >= 8:
-                out[place] = np.uint8(acc & np.uint64(255))
-                place += 1
-                acc >>= np.uint64(8)
-                filled -= 8
+        while quotient >= 24:  # a one per quotient, ended by a zero
+            acc |= np.uint64(0xFFFFFF) << np.uint64(filled)
+            acc, filled, place = spill(acc, filled + 24, place, out)
+            quotient -= 24
+        acc |= ((_ONE << np.uint64(quotient)) - _ONE) << np.uint64(filled)
+        acc, filled, place = spill(acc, filled + quotient + 1, place, out)
+        if width and rest < short:
+            acc |= np.uint64(rest) << np.uint64(filled)
+            acc, filled, place = spill(acc, filled + width - 1, place, out)
+        elif width:  # the first width - 1 bits tell that another one follows
+            code = rest + short
+            acc |= (np.uint64(code >> 1) | np.uint64(code & 1) << np.uint64(width - 1)) << np.uint64(filled)
+            acc, filled, place = spill(acc, filled + width, place, out)
     if filled:
         out[place] = np.uint8(acc)
 

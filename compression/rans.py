@@ -14,6 +14,7 @@ fewer; without any structure 0.5 % and 0.8 %.
 import numpy as np
 
 from .jit import jit
+from .position_kernels import spill
 
 CLASSES = 8 * 30  # gaps below 2^32
 _BITS = 14
@@ -129,11 +130,7 @@ def _write_plain(positions: np.ndarray, out: np.ndarray) -> None:
         _, extra = _class(gap)
         acc |= np.uint64(gap & ((1 << extra) - 1)) << np.uint64(filled)
         filled += extra
-        while filled >= 8:
-            out[place] = np.uint8(acc & np.uint64(255))
-            place += 1
-            acc >>= _8
-            filled -= 8
+        acc, filled, place = spill(acc, filled, place, out)
     if filled:
         out[place] = np.uint8(acc)
 

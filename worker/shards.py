@@ -24,7 +24,7 @@ class Piece:
 
 
 def cut(n: int, parts: int, start: int = 0) -> list[tuple[int, int]]:
-    """[start, end) of ``parts`` parts of n elements from ``start`` on; sizes differ by at most one."""
+    """[start, end) of each of ``parts`` parts of n elements from ``start`` on; sizes differ by at most one."""
     return [(start + n * j // parts, start + n * (j + 1) // parts) for j in range(parts)]
 
 

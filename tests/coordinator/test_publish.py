@@ -7,29 +7,17 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from manifests import manifest
 
 from potluck.coordinator.publish import Publisher
 from potluck.protocol.config import ModelConfig, PipelineConfig, RunConfig
 from potluck.protocol.errors import WireError
-from potluck.protocol.manifest import Manifest
 from potluck.protocol.plan import stage_parameters
 
 MODEL = ModelConfig(d_model=8, layers=1, heads=1, rotary_dim=2, seq_len=8)
 COUNT = stage_parameters(0, 1, 1, d_model=8, vocab_size=300)
 
-MANIFEST = Manifest(
-    source="text",
-    tokens_sha256="0" * 64,
-    n_tokens=(8 + 1) * 8 + 2,
-    dtype="uint16",
-    vocab_size=300,
-    seq_len=8,
-    n_train=8,
-    n_heldout=1,
-    tokenizer_sha256="0" * 64,
-    eos_id=0,
-    license="unknown",
-)
+MANIFEST = manifest(8, 1, 8)
 
 
 def stage_file(header: object, nbytes: int = 0) -> bytes:

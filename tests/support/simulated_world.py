@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from manifests import manifest
 from simulated_disk import LEDGER, SHIFT, FailingDisk, hold, same
 
 from potluck.coordinator.run import step, view_of
@@ -41,7 +42,6 @@ from potluck.protocol.config import (
     RunConfig,
     SyncConfig,
 )
-from potluck.protocol.manifest import Manifest
 from potluck.protocol.plan import Plan, SavePoint
 from potluck.worker.control import view_from
 from potluck.worker.plan import Local, View
@@ -50,19 +50,7 @@ SEEDS = 150
 FAULTY_EVENTS = 500
 CALM_EVENTS = 6000
 Content = tuple[Any, ...]  # of a reference: () at the run's beginning, then (what it was made from, generation, step)
-MANIFEST = Manifest(
-    source="test",
-    tokens_sha256="0" * 64,
-    n_tokens=8 * (10**5 + 100) + 2,
-    dtype="uint16",
-    vocab_size=300,
-    seq_len=8,
-    n_train=10**5,
-    n_heldout=100,
-    tokenizer_sha256="0" * 64,
-    eos_id=0,
-    license="unknown",
-)
+MANIFEST = manifest(10**5, 100, 8)
 
 
 def digest_of(stage: int, content: Content) -> bytes:

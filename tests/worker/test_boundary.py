@@ -9,30 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manifests import manifest
 
 from potluck.compression.aq import MARK_NBYTES, Mark, Mode, pack_marks, parse_marks
 from potluck.compression.registry import build
 from potluck.protocol.errors import WireError
 from potluck.protocol.frames import Frame, Header, Kind, TensorSpec
-from potluck.protocol.manifest import Manifest
 from potluck.protocol.plan import Plan, Replica, StagePlan
 from potluck.worker.boundary import EVAL, TRAIN, Boundary, Memory, Seat, boundary_check, routes_of
 from potluck.worker.links import frame_check
 
 AQ = {"forward": "int4:tile=64", "backward": "int8:tile=64", "reuse": True, "cache_gb": 0.01}
-MANIFEST = Manifest(
-    source="test",
-    tokens_sha256="0" * 64,
-    n_tokens=(24 + 4) * 16 + 2,
-    dtype="uint16",
-    vocab_size=300,
-    seq_len=16,
-    n_train=24,
-    n_heldout=4,
-    tokenizer_sha256="0" * 64,
-    eos_id=0,
-    license="none",
-)
+MANIFEST = manifest(24, 4, 16)
 
 
 def test_what_comes_in_is_known_to_the_byte(make_config):
