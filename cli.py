@@ -18,7 +18,7 @@ from . import __version__
 from .protocol.errors import ConfigError, PotluckError, TicketError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-WORKER_PACKAGES = ("torch", "transformers", "safetensors", "numba", "zstandard")
+WORKER_PACKAGES = ("torch", "transformers", "safetensors", "filelock", "numba", "zstandard")
 
 
 class Group(click.Group):

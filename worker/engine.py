@@ -17,13 +17,13 @@ from ..protocol.errors import DivergedError, PotluckError, StateError, WireError
 from ..protocol.plan import Plan, SavePoint
 from ..protocol.schedule import fragments, is_applied, is_round
 from . import plan as rules
-from .boundary import Boundary, Memory
+from .boundary import Boundary, Memory, Seat
 from .checkpoint import SavePoints, from_bytes
 from .data import Dataset
 from .links import Links, fetch_state
 from .mailbox import Fenced, Mailbox
 from .outside import EngineConfig, Headquarters, MissingError, Views
-from .pipeline import Pipeline, Seat
+from .pipeline import Pipeline
 from .plan import Local, View, next_action
 from .stage import Stage, State, digest
 from .sync import Outcome, Synchronizer, apply
@@ -239,8 +239,8 @@ class Engine:
         assert self._synchronizer and self.stage
         run = self.config.run
         last = done == run.steps
-        turn = fragments(self.sync_rule, run.seed, done - 1, last)
-        capture = self._synchronizer.capture(self.stage, done, self._since, turn, full=last)
+        which = fragments(self.sync_rule, run.seed, done - 1, last)
+        capture = self._synchronizer.capture(self.stage, done, self._since, which, full=last)
         self._since, self._captured = 0, done
         self.local = replace(self.local, round=done)
         generation, synchronizer = self.local.generation, self._synchronizer

@@ -18,8 +18,7 @@ from ..protocol.meter import INTERNET
 from ..protocol.plan import split_layers, stage_parameters
 from ..protocol.schedule import fragments, is_eval, is_round
 from .boundary import IDS, MARKS, ids_codec
-from .shards import codec_of, layout
-from .sync import WEIGHTS
+from .shards import WEIGHTS, codec_of, layout
 
 LOOK_AHEAD = 20_000  # steps whose rounds are counted; a longer run goes on like them
 
@@ -100,7 +99,9 @@ def estimate(config: RunConfig, vocab_size: int, replicas: int) -> Estimate:
             rounds += 1
             for f in fragments(sync, config.seed, step, last=False):
                 sent = [total + pieces[n, f] for total, n in zip(sent, sizes, strict=True)]
-    closing = [sum(round_nbytes(config, n, f, replicas, full=True) for f in range(sync.fragments)) for n in sizes]
+    closing = [
+        sum(round_nbytes(config, n, f, replicas, full=sync.completes) for f in range(sync.fragments)) for n in sizes
+    ]
     per_round = max(1, min(steps, config.steps - 1))
     sent = [
         total / per_round * (1 - 1 / config.steps) + last / config.steps
@@ -167,7 +168,7 @@ def round_nbytes(config: RunConfig, n: int, fragment: int, replicas: int, *, ful
     if replicas == 1:
         return total
     for a, b in (shard for piece in layout(n, sync.fragments, replicas)[fragment] for shard in piece.shards):
-        values = b - a if full and sync.completes else count(b - a, sync.density)
+        values = b - a if full else count(b - a, sync.density)
         payload = round(codec_of(sync, full=full).expected(values))
         each = frame_nbytes(Kind.SHARD, [TensorSpec(codec=WEIGHTS, shape=(b - a,), nbytes=payload)])
         total += 2 * (replicas - 1) * each  # the others' shards to their owner, his mean to them

@@ -18,12 +18,12 @@ from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame
 from ..protocol.plan import Plan, Replica
 from ..protocol.transport import Transport
 from .mailbox import Address, Mailbox
+from .shards import WEIGHTS
 from .squeeze import SUFFIX
 
 log = logging.getLogger(__name__)
 STATE_PART_NBYTES = 4 << 20
 RAW = "raw"
-WEIGHTS = ("sync", "sync" + SUFFIX)
 BOUNDARY = (Kind.ACTIVATION, Kind.GRADIENT, Kind.MISS)
 ADMISSION_SECONDS = 30.0  # for a peer to hear of the plan that we already know
 Lane = tuple[str, bool]  # peer, and whether it carries boundary tensors
@@ -277,7 +277,7 @@ def frame_check(
         if header.kind == Kind.STATE:
             if tensor.codec != RAW or tensor.nbytes != n or n > STATE_PART_NBYTES:
                 raise WireError(f"a part of a state of {tensor.nbytes} bytes")
-        elif n > most or tensor.codec not in WEIGHTS or tensor.nbytes > weights_nbytes(n):
+        elif n > most or tensor.codec not in (WEIGHTS, WEIGHTS + SUFFIX) or tensor.nbytes > weights_nbytes(n):
             raise WireError(f"a round's piece for {n} weights in {tensor.nbytes} bytes")
 
     return check

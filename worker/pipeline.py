@@ -17,12 +17,10 @@ from torch import Tensor
 
 from ..protocol.errors import WireError
 from ..protocol.frames import Frame, Kind
-from .boundary import EVAL, TRAIN, Boundary, Seat
+from .boundary import EVAL, TRAIN, Boundary
 from .data import Dataset
 from .mailbox import Address
 from .stage import Stage
-
-__all__ = ["Pipeline", "Seat", "StepResult", "Wire", "one_f_one_b"]
 
 
 class Wire(Protocol):

@@ -10,6 +10,7 @@ from ..protocol.config import Sync
 
 MOST_WEIGHTS = 1 << 26  # in a shard: a quarter of a frame's limit where they go in 32 bits
 LAST_BITS = 8
+WEIGHTS = "sync"  # codec name of a round's payload on the wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +43,13 @@ def layout(n: int, fragments: int, replicas: int) -> list[list[Piece]]:
 
 
 def codec_of(sync: Sync, *, full: bool = False) -> SyncCodec:
-    """What the values of a round go through; ``full``: of a run's last round, where that one sends everything."""
-    if full and sync.completes:
+    """What the values of a round go through; ``full``: of one that sends everything, as ``Sync.completes`` asks for."""
+    if full:
         return SyncCodec(bits=max(sync.bits, LAST_BITS))
     return SyncCodec(topk=sync.topk, chunk=sync.chunk, bits=sync.bits)
 
 
 def most_nbytes(sync: Sync, n: int) -> int:
     """The longest payload that a round's piece for ``n`` weights, ``MOST_WEIGHTS`` at most, can have."""
-    return max(codec_of(sync).bound(count(n, sync.density)), codec_of(sync, full=True).bound(n))
+    usual = codec_of(sync).bound(count(n, sync.density))
+    return max(usual, codec_of(sync, full=True).bound(n)) if sync.completes else usual

@@ -33,11 +33,9 @@ from ..protocol.schedule import draw, turn
 from .boundary import Seat
 from .mailbox import Address
 from .pipeline import Wire
-from .shards import Piece, codec_of, layout
+from .shards import WEIGHTS, Piece, codec_of, layout
 from .squeeze import release, squeeze
 from .stage import Owned, Stage, State, digest
-
-WEIGHTS = "sync"  # codec name of a round's payload on the wire
 
 
 @dataclass(frozen=True, kw_only=True)
