@@ -233,7 +233,7 @@ class Board:
                     "first_layer": a,
                     "last_layer": b - 1,
                     "parameters": n,
-                    "replicas": [r.peer for r in state.plan.stages[i].replicas] if state.plan else [],
+                    "replicas": [r.peer for r in state.plan.replicas[i]] if state.plan else [],
                 }
                 for i, ((a, b), n) in enumerate(zip(self.rules.layers, counts, strict=True))
             ],

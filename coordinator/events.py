@@ -78,6 +78,23 @@ class Waiting(Event, frozen=True, kw_only=True):
         return f"Waiting: {self.why}"
 
 
+class Rerouted(Event, frozen=True, kw_only=True):
+    """A generation goes on without a replica: the others of its stage do what it had not brought into a round."""
+
+    generation: int
+    peer: str
+    name: str
+    stage: int
+    since: int  # steps done in the last committed round
+    void: int  # rounds up to here are left out
+    left: int  # replicas of the stage
+
+    @property
+    def text(self) -> str:
+        others = "the other replica takes" if self.left == 1 else f"the other {self.left} replicas take"
+        return f"Going on without {self.name}: {others} over its part of stage {self.stage} from step {self.since}"
+
+
 class TrainingStarted(Event, frozen=True, kw_only=True):
     generation: int
     step: int

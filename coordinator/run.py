@@ -29,6 +29,8 @@ from .state import (
     Joined,
     Lease,
     Mark,
+    Member,
+    Relet,
     Remember,
     ReturnLeases,
     Rules,
@@ -130,7 +132,7 @@ class Machine(Turn):
         state, plan = self.state, self.state.plan
         assert plan is not None
         for at in sorted(state.rounds_done):
-            if state.rounds_done[at].keys() == plan.peers and not self.close_round(at):
+            if state.rounds_done[at].keys() >= plan.peers and not self.close_round(at):
                 return
         if self.state.phase != "training":
             return
@@ -148,7 +150,7 @@ class Machine(Turn):
                 generation=plan.generation,
                 step=self.state.end,
                 sample=plan.first_sample_of(self.state.end),
-                holders=tuple(tuple(r.peer for r in s.replicas) for s in plan.stages),
+                holders=tuple(tuple(r.peer for r in replicas) for replicas in plan.replicas),
             )
             self.set(stop=mark)
             self.commands.append(Remember(generation=self.state.generation, stop=mark))
@@ -199,15 +201,14 @@ class Machine(Turn):
         for at in range(self.state.until, until):
             expires = self.now + self.rules.lease_seconds * (1 + at - done)
             leased[at] = expires
-            for replica in plan.stages[0].replicas:
-                mine = [m for m in range(plan.microbatches_per_step) if plan.peer_of(0, m) == replica.peer]
+            for seat in plan.seats:
                 self.commands.append(
                     Lease(
                         generation=plan.generation,
                         step=at,
-                        peer=replica.peer,
-                        first=plan.samples(at, mine[0]).start,
-                        count=len(mine) * plan.microbatch_size,
+                        peer=plan.peer_of(0, seat.start),
+                        first=plan.samples(at, seat.start).start,
+                        count=len(seat) * plan.microbatch_size,
                         expires=expires,
                     )
                 )
@@ -225,8 +226,8 @@ class Machine(Turn):
         if verdict.wrong:
             names = tuple(sorted(self.state.members[p].name for p in verdict.wrong))
             self.journal(ev.RoundRefused(step=at, peers=names, why=verdict.why))
-            for stage in plan.stages:
-                peers = {r.peer for r in stage.replicas}
+            for replicas in plan.replicas:
+                peers = {r.peer for r in replicas}
                 # If nobody of a stage is right, there is nobody to take it over from: each checks its own by digest.
                 for peer in verdict.wrong & peers if peers - verdict.wrong else ():
                     self.member(replace(self.state.members[peer], savepoints=frozenset()))
@@ -254,9 +255,9 @@ class Machine(Turn):
             seconds=max([0.0, *(r.seconds for r in reports.values() if math.isfinite(r.seconds))]),
         )
         self.commands.append(command)
-        for i, stage in enumerate(plan.stages):
+        for i, replicas in enumerate(plan.replicas):
             point = mark.savepoint(i, self.rules.layers[i])
-            for replica in stage.replicas:
+            for replica in replicas:
                 if member := self.state.members.get(replica.peer):
                     rounds = {s for s in member.savepoints if s.kind == "round" and s.step < mark.step}
                     newest = sorted(rounds, key=lambda s: (s.step, s.generation))[-KEPT_MARKS:]
@@ -282,6 +283,53 @@ class Machine(Turn):
         )
         if self.state.rounds % self.rules.publish_rounds == 0 and self.state.publish is None:
             self.set(publish=mark.step)
+
+    # A replica is lost.
+
+    def expendable(self, peer: str) -> bool:
+        """Whether others of its stage can do again all that is lost with it: they have its neighbours' bytes."""
+        plan, committed = self.state.plan, self.state.committed
+        assert plan is not None
+        stage, _ = plan.places[peer]
+        begun_here = plan.origin != "step" or committed.generation == plan.generation
+        return (
+            self.rules.reroutes and len(plan.replicas[stage]) > 1 and begun_here and self.state.closing != "save"
+        )
+
+    def go_on_without(self, member: Member) -> None:
+        """The generation goes on: no round that was on its way counts, so nothing of it was applied anywhere."""
+        state, plan = self.state, self.state.plan
+        assert plan is not None
+        stage, _ = plan.places[member.peer]
+        since, void = state.committed.step, state.until
+        after = plan.without(member.peer, since, void)
+        holders = {
+            plan.samples(at, seat.start).start: after.peer_of(0, seat.start)
+            for at in range(since, state.until)
+            for seat in plan.seats
+            if plan.peer_of(0, seat.start) == member.peer
+        }
+        if holders:
+            self.commands.append(Relet(generation=plan.generation, peer=member.peer, holders=holders))
+        self.journal(
+            ev.Rerouted(
+                generation=plan.generation,
+                peer=member.peer,
+                name=member.name,
+                stage=stage,
+                since=since,
+                void=void,
+                left=len(after.replicas[stage]),
+            )
+        )
+        self.set(
+            plan=after,
+            rounds_done={},
+            evals={},
+            evaluated=max(state.evaluated, min(void, self.rules.steps - 1)),
+            leased_at={at: self.now + self.rules.lease_seconds * (2 + i) for i, at in enumerate(sorted(state.leased_at))},
+            losses={s: {p: m for p, m in said.items() if p in after.peers} for s, said in state.losses.items()},
+        )
 
     # Ends and beginnings of a generation.
 

@@ -34,6 +34,7 @@ class Rules:
     patience_seconds: float
     settle_seconds: float = 1.0  # after the last join, before a plan is made for it
     lease_ahead: int = 2  # steps granted beyond the slowest peer
+    reroutes: bool = True  # a generation goes on without a replica whose stage has another one
     silence_seconds: float = 20.0  # without a word, before a peer counts as lost
 
 
@@ -187,6 +188,15 @@ class Lease:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Relet:
+    """What ``peer`` had leased and is not committed goes to those who serve it now, by each lease's seat."""
+
+    generation: int
+    peer: str
+    holders: Mapping[int, str]  # first sample of a lease to its new holder
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReturnLeases:
     """All samples leased but not committed go back to the pool."""
 
@@ -241,4 +251,4 @@ class Dismiss:
     hint: str
 
 
-Command = Journal | Lease | ReturnLeases | Commit | Uncommit | Remember | Point | Dismiss
+Command = Journal | Lease | Relet | ReturnLeases | Commit | Uncommit | Remember | Point | Dismiss

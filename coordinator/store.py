@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from ..protocol.errors import StateError
-from .state import Command, Commit, Journal, Lease, Mark, Point, Remember, ReturnLeases, Uncommit
+from .state import Command, Commit, Journal, Lease, Mark, Point, Relet, Remember, ReturnLeases, Uncommit
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -114,6 +114,11 @@ class Store:
                     "INSERT INTO ledger (generation, step, peer, first, count, state, expires, changed)"
                     " VALUES (?,?,?,?,?,'leased',?,?)",
                     (*values, command.expires, now),
+                )
+            case Relet(generation=generation, peer=peer, holders=holders):
+                self._db.executemany(
+                    "UPDATE ledger SET peer=?, changed=? WHERE state='leased' AND generation=? AND peer=? AND first=?",
+                    [(holder, now, generation, peer, first) for first, holder in holders.items()],
                 )
             case ReturnLeases(reason=reason):
                 run(

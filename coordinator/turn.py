@@ -27,6 +27,14 @@ class Turn(ABC):
     def abort(self, why: str) -> None:
         """Ends the generation at once."""
 
+    @abstractmethod
+    def expendable(self, peer: str) -> bool:
+        """Whether the generation can go on without a replica."""
+
+    @abstractmethod
+    def go_on_without(self, member: Member) -> None:
+        """The others of its stage take over what it serves."""
+
     # What comes in.
 
     def joined(self, member: Member) -> None:
@@ -70,7 +78,9 @@ class Turn(ABC):
         if graceful or plan is None or self.state.phase in ("finished", "stopped", "waiting"):
             return
         donors = {d.peer for s in plan.stages for d in s.donors}
-        if peer in plan.peers or (self.state.phase == "preparing" and peer in donors):
+        if peer in plan.peers and self.state.phase == "training" and self.expendable(peer):
+            self.go_on_without(member)
+        elif peer in plan.peers or (self.state.phase == "preparing" and peer in donors):
             self.abort(f"{member.name} is gone")
 
     def said(self, peer: str, report: pb.Up) -> None:
@@ -113,11 +123,11 @@ class Turn(ABC):
         self.member(replace(member, step=message.step + 1))
         plan = self.state.plan
         assert plan is not None
-        last = {r.peer for r in plan.stages[-1].replicas}
+        last = {r.peer for r in plan.replicas[-1]}
         if member.peer in last:
             losses = {**self.state.losses.get(message.step, {}), member.peer: message}
             kept = {**self.state.losses, message.step: losses}
-            if losses.keys() == last:
+            if losses.keys() >= last:
                 targets = sum(m.targets for m in losses.values())
                 loss = sum(m.loss_sum for m in losses.values()) / max(1, targets)
                 samples = plan.first_sample_of(message.step + 1)
@@ -126,7 +136,9 @@ class Turn(ABC):
             self.set(losses=kept)
 
     def round_done(self, member: Member, message: pb.RoundDone) -> None:
-        if not self.state.committed.step < message.step <= self.state.until:
+        plan = self.state.plan
+        assert plan is not None
+        if not self.state.committed.step < message.step <= self.state.until or message.attempt != plan.attempt:
             return
         done = {**self.state.rounds_done.get(message.step, {}), member.peer: message}
         self.set(rounds_done={**self.state.rounds_done, message.step: done})
@@ -134,12 +146,12 @@ class Turn(ABC):
     def eval_done(self, member: Member, message: pb.EvalDone) -> None:
         plan = self.state.plan
         assert plan is not None
-        last = {r.peer for r in plan.stages[-1].replicas}
+        last = {r.peer for r in plan.replicas[-1]}
         if member.peer not in last or not self.state.evaluated < message.step <= self.state.until:
             return
         done = {**self.state.evals.get(message.step, {}), member.peer: message}
         self.set(evals={**self.state.evals, message.step: done})
-        if done.keys() == last:
+        if done.keys() >= last:
             loss = sum(m.loss_sum for m in done.values()) / max(1, sum(m.targets for m in done.values()))
             samples = plan.first_sample_of(message.step)
             self.commands.append(Point(step=message.step, tokens_samples=samples, heldout=loss))
