@@ -251,6 +251,7 @@ class Board:
             shown = "loading"
         elif place is None:
             shown = "waiting"
+        shown = "away" if member.away is not None else shown
         figures = self._figures.get(peer, PeerFigures())
         totals = {"in": 0, "out": 0}
         for (owner, _, _, direction), (nbytes, _) in self._traffic.items():

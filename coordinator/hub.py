@@ -222,7 +222,8 @@ class Hub:
         durable = [c for c in commands if not isinstance(c, Dismiss)]
         if durable or heard.statements:
             await self.read(self.store.write, durable, now, heard.statements)
-        changed = state.phase != self.state.phase or any(isinstance(what, Gone) for what, _, _ in batch)
+        fewer = self.state.members.keys() - state.members.keys() or any(isinstance(what, Gone) for what, _, _ in batch)
+        changed = state.phase != self.state.phase or fewer
         waited = time.time() - now
         self.state = state if waited < HANG_SECONDS else shifted(state, waited)  # a disk that hangs is nobody's fault
         if self.standing:

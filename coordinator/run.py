@@ -171,7 +171,7 @@ class Machine(Turn):
         assert self.state.plan is not None
         smallest = min(need.memory_gb for need in self.rules.needs)
         return any(
-            p not in self.state.plan.peers and not m.leaving and m.memory_gb >= smallest
+            p not in self.state.plan.peers and not m.leaving and m.away is None and m.memory_gb >= smallest
             for p, m in self.state.members.items()
         )
 

@@ -34,12 +34,13 @@ class Rules:
     patience_seconds: float
     settle_seconds: float = 1.0  # after the last join, before a plan is made for it
     lease_ahead: int = 2  # steps granted beyond the slowest peer
-    silence_seconds: float = 20.0  # without a word, before a peer counts as lost
+    silence_seconds: float = 15.0  # without a word, before a peer counts as lost
+    away_seconds: float = 3.0  # that a peer has to dial again when its line broke
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A peer with an open control stream."""
+    """A peer with an open control stream, or one that broke just now."""
 
     peer: str
     name: str
@@ -52,6 +53,7 @@ class Member:
     joined: float = 0.0
     last_seen: float = 0.0
     leaving: bool = False
+    away: float | None = None  # its line broke: until when it is waited for
     ready: int = 0  # generation it is ready for
     step: int = 0  # steps done in the current generation
     state: str = "waiting"

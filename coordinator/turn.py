@@ -31,6 +31,9 @@ class Turn(ABC):
 
     def joined(self, member: Member) -> None:
         present = self.state.members.get(member.peer)
+        if present and present.away is not None and present.session != member.session:
+            self.lost(present)  # one key, one process: the old one is no more
+            present = None
         if present and present.session != member.session:
             self.dismiss(
                 member,
@@ -52,7 +55,7 @@ class Turn(ABC):
             self.dismiss(member, self.state.phase, f"the run is {self.state.phase}", "There is nothing to do here.")
             return
         if present:  # its line broke and it dialled again: it is where it was
-            known = replace(present, addresses=member.addresses, savepoints=member.savepoints)
+            known = replace(present, addresses=member.addresses, savepoints=member.savepoints, away=None)
             self.member(replace(known, last_seen=self.now))
             return
         self.journal(ev.PeerJoined(peer=member.peer, name=member.name, device=member.device))
@@ -63,14 +66,24 @@ class Turn(ABC):
         member = self.state.members.get(peer)
         if member is None or (session and session != member.session):
             return
-        graceful = released(self.state, peer)
-        self.journal(ev.PeerGone(peer=peer, name=member.name, graceful=graceful))
-        self.set(members={p: m for p, m in self.state.members.items() if p != peer})
-        plan = self.state.plan
-        if graceful or plan is None or self.state.phase in ("finished", "stopped", "waiting"):
-            return
-        donors = {d.peer for s in plan.stages for d in s.donors}
-        if peer in plan.peers or (self.state.phase == "preparing" and peer in donors):
+        if not needed(self.state, peer):
+            self.lost(member)
+        elif member.away is None:
+            self.member(replace(member, away=self.now + self.rules.away_seconds))
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Who has not dialled again in time is lost."""
+        for member in list(self.state.members.values()):
+            if member.away is not None and member.away <= self.now:
+                self.lost(member)
+
+    def lost(self, member: Member) -> None:
+        """A peer is no more."""
+        wanted = needed(self.state, member.peer)
+        self.journal(ev.PeerGone(peer=member.peer, name=member.name, graceful=released(self.state, member.peer)))
+        self.set(members={p: m for p, m in self.state.members.items() if p != member.peer})
+        if wanted:
             self.abort(f"{member.name} is gone")
 
     def said(self, peer: str, report: pb.Up) -> None:
@@ -183,15 +196,16 @@ class Turn(ABC):
         self.set(stop_asked=True)
 
     def tick(self) -> None:
+        self.give_up()
         for member in list(self.state.members.values()):
-            if self.now - member.last_seen > self.rules.silence_seconds:
+            if member.away is None and self.now - member.last_seen > self.rules.silence_seconds:
                 self.dismiss(
                     member,
                     "silent",
                     "no word for too long",
                     "Check the line; the worker dials again by itself.",
                 )
-                self.gone(member.peer, member.session)
+                self.lost(member)
         slow = self.state.phase in ("preparing", "finishing")
         if slow and self.now - self.state.since > TRANSFER_LEASES * self.rules.lease_seconds:
             self.abort(f"{self.state.phase} took too long")
@@ -218,11 +232,15 @@ class Turn(ABC):
         self.state = replace(self.state, **changes)  # type: ignore[arg-type]
 
 
+def needed(state: RunState, peer: str) -> bool:
+    """Whether the generation cannot go on without a peer."""
+    plan = state.plan
+    if plan is None or state.phase in ("waiting", "finished", "stopped"):
+        return False
+    donors = {d.peer for s in plan.stages for d in s.donors} if state.phase == "preparing" else set()
+    return peer in plan.peers or peer in donors
+
+
 def released(state: RunState, peer: str) -> bool:
     """Whether nothing more is wanted from a peer."""
-    member, plan = state.members[peer], state.plan
-    seated = plan is not None and peer in plan.peers
-    donor = (
-        plan is not None and state.phase == "preparing" and any(peer == d.peer for s in plan.stages for d in s.donors)
-    )
-    return state.phase in ("finished", "stopped") or (member.leaving and not seated and not donor)
+    return state.phase in ("finished", "stopped") or (state.members[peer].leaving and not needed(state, peer))

@@ -124,6 +124,7 @@ class World:
         self.rng = random.Random(seed)
         self.config = a_config(self.rng)
         self.rules: Rules = replace(rules_of(self.config, MANIFEST), silence_seconds=6.0, settle_seconds=0.3)
+        self.rules = replace(self.rules, away_seconds=self.rng.choice([0.0, 1.0]))
         self.now = 1000.0
         self.store = FailingDisk(folder / "run.sqlite")
         self.store._db.execute("PRAGMA synchronous=OFF")
