@@ -163,7 +163,7 @@ async def _running(
         await server.stop(None)
         store.close()
         raise
-    await hub.read(store.write, [Journal(event=RunOpened(name=config.name, step=state.committed.step))], time.time())
+    await hub.read(store.write, [Journal(event=RunOpened(name=config.name, step=state.committed.step))], hub.clock())
     await hub.start()
     address = advertised(place.advertise, place.host, port)
     ticket = Ticket(

@@ -14,12 +14,30 @@ from potluck.coordinator.hub import Hub, Line
 from potluck.coordinator.service import open_run, rules_of
 from potluck.coordinator.state import Member, Uploaded
 from potluck.protocol import control_pb2 as pb
-from potluck.protocol.config import RunConfig
+from potluck.protocol.config import (
+    CheckpointConfig,
+    CoordinatorConfig,
+    EvalConfig,
+    ModelConfig,
+    PipelineConfig,
+    RunConfig,
+    SyncConfig,
+)
 from potluck.protocol.plan import SavePoint
 from potluck.protocol.schedule import is_round
 from potluck.worker import plan as rules_of_worker
 from potluck.worker.control import view_from
 from potluck.worker.plan import Local, View, next_action
+
+CONFIG = RunConfig(
+    steps=8,
+    model=ModelConfig(d_model=8, layers=4, heads=1, rotary_dim=2, seq_len=8),
+    pipeline=PipelineConfig(stages=2, microbatches=2, microbatch_size=1),
+    sync=SyncConfig(preset="cocktail", every=3),  # type: ignore[arg-type]
+    eval=EvalConfig(every=5),
+    checkpoint=CheckpointConfig(publish_rounds=100),
+    coordinator=CoordinatorConfig(wait_for=2, lease_seconds=60.0),
+)
 
 
 class Hand(Line):
@@ -118,6 +136,11 @@ def a_hub(config: RunConfig, folder: Path) -> Hub:
     run_id, _, state = open_run(store, config, MANIFEST)
     rules = replace(rules_of(config, MANIFEST), settle_seconds=0.0)
     return Hub(rules, state, store, Board(config, rules, run_id, 300, store))
+
+
+def disk(hub: Hub) -> FailingDisk:
+    assert isinstance(hub.store, FailingDisk)
+    return hub.store
 
 
 async def finished(hub: Hub, hands: list[Hand]) -> None:
