@@ -21,6 +21,7 @@ from typing import Any
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import StateError
 from .board import Board
+from .resume import keep
 from .run import step, view_of
 from .standstill import Standstill, shifted
 from .state import (
@@ -219,7 +220,7 @@ class Hub:
             commands += ordered
         said = [(line.session, what) for what, line, _ in items if line is not None and isinstance(what, Said)]
         heard = self.board.heard(said)
-        durable = [c for c in commands if not isinstance(c, Dismiss)]
+        durable = [*(c for c in commands if not isinstance(c, Dismiss)), *keep(self.state, state)]
         if durable or heard.statements:
             await self.read(self.store.write, durable, now, heard.statements)
         fewer = self.state.members.keys() - state.members.keys() or any(isinstance(what, Gone) for what, _, _ in batch)

@@ -111,6 +111,7 @@ class RunState:
     publish: int | None = None
     published: int = -1
     evaluated: int = -1
+    charted: int = 0  # steps whose loss is on the curve
     last_join: float = 0.0
     leased_at: Mapping[int, float] = field(default_factory=dict)  # step -> when its leases expire
     losses: Mapping[int, Mapping[str, pb.StepDone]] = field(default_factory=dict)
@@ -223,6 +224,13 @@ class Remember:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What the next start needs to go on with the generation: JSON values by name (see :mod:`.resume`)."""
+
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """A point of the loss curve."""
 
@@ -243,4 +251,4 @@ class Dismiss:
     hint: str
 
 
-Command = Journal | Lease | ReturnLeases | Commit | Uncommit | Remember | Point | Dismiss
+Command = Journal | Lease | ReturnLeases | Commit | Uncommit | Remember | Keep | Point | Dismiss

@@ -121,13 +121,13 @@ class Turn(ABC):
                 self.member(replace(member, savepoints=member.savepoints | {point}))
 
     def step_done(self, member: Member, message: pb.StepDone) -> None:
-        if message.step != member.step or message.step >= self.state.until:
+        if not member.step <= message.step < self.state.until:  # after a restart it may be ahead of what is known
             return
         self.member(replace(member, step=message.step + 1))
         plan = self.state.plan
         assert plan is not None
         last = {r.peer for r in plan.stages[-1].replicas}
-        if member.peer in last:
+        if member.peer in last and message.step >= self.state.charted:
             losses = {**self.state.losses.get(message.step, {}), member.peer: message}
             kept = {**self.state.losses, message.step: losses}
             if losses.keys() == last:
@@ -135,8 +135,8 @@ class Turn(ABC):
                 loss = sum(m.loss_sum for m in losses.values()) / max(1, targets)
                 samples = plan.first_sample_of(message.step + 1)
                 self.commands.append(Point(step=message.step + 1, tokens_samples=samples, train=loss))
-                del kept[message.step]
-            self.set(losses=kept)
+                self.set(charted=message.step + 1)
+            self.set(losses={s: said for s, said in kept.items() if s >= self.state.charted})
 
     def round_done(self, member: Member, message: pb.RoundDone) -> None:
         if not self.state.committed.step < message.step <= self.state.until:
