@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scripted_hub
 from kept_run import CONFIG, KeptRun
 from msgspec.structs import replace as changed
+from scripted_hub import CONFIG as HUB_CONFIG
+from scripted_hub import Hand, a_hub, disk
 from scripted_run import journaled, leases, point, saved
+from simulated_disk import FailingDisk
 from simulated_world import MANIFEST
 
 from potluck.coordinator import events as ev
+from potluck.coordinator import hub as shell
+from potluck.coordinator.hub import Hub
 from potluck.coordinator.resume import going_on
 from potluck.coordinator.service import open_run
 from potluck.coordinator.state import Commit, Dismiss, Input, ReturnLeases, StopAsked, Tick, Uploaded
 from potluck.coordinator.verify import verify
 from potluck.protocol import control_pb2 as pb
+from potluck.protocol.errors import StateError
 
 
 def begun(folder: Path, *peers: str, **rules: Any) -> KeptRun:
@@ -247,3 +257,66 @@ def test_a_record_that_cannot_be_read_is_left_alone(key: str, tmp_path: Path) ->
     run.restart()
     assert run.state.phase == "waiting" and run.state.generation == 1
     assert run.state.committed.savepoint(0, (0, 2)) == point(run.state.committed, 0)
+
+
+# The shell around it.
+
+
+class DyingDisk(FailingDisk):
+    """The coordinator is killed at a commit: before it, or when it is done and nobody has heard of it."""
+
+    last, done = 10**9, False
+
+    def _commit(self) -> None:
+        dying = self.committed >= self.last
+        if self.done or not dying:
+            super()._commit()
+        if dying:
+            error = sqlite3.DatabaseError("killed by the test")
+            error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise error
+
+
+async def lives(hub: Hub, hands: list[Hand]) -> bool:
+    """Whether the run was finished before the coordinator was killed."""
+    await hub.start()
+    working = [asyncio.create_task(hand.live()) for hand in hands]
+    try:
+        async with asyncio.timeout(10.0):
+            await hub.until_phase("finished")
+            await asyncio.gather(*working)
+    except StateError:
+        return False
+    finally:
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
+        await hub.close()
+    return True
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+async def test_a_hub_that_is_killed_at_every_turn(done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shell, "BATCH", 2)
+    monkeypatch.setattr(scripted_hub, "FailingDisk", DyingDisk)
+    hub, uploads, deaths = a_hub(HUB_CONFIG, tmp_path), set[tuple[int, int]](), 0
+    hands = [Hand(peer, hub, HUB_CONFIG, uploads) for peer in ("a", "b")]
+    while True:
+        store = disk(hub)
+        assert isinstance(store, DyingDisk)
+        store.last, store.done = store.committed + deaths % 4, done
+        if await lives(hub, hands):
+            break
+        deaths += 1
+        hub = a_hub(HUB_CONFIG, tmp_path)
+        for hand in hands:
+            hand.dial_again(hub)
+    assert deaths > 5
+    report = verify(tmp_path / "run.sqlite")
+    assert not report.problems and not report.returned and report.generations == 1 and report.samples == 8 * 2
+    with closing(sqlite3.connect(tmp_path / "run.sqlite")) as db:
+        kinds = [kind for (kind,) in db.execute("SELECT kind FROM events ORDER BY id")]
+        points = db.execute("SELECT step FROM points WHERE train IS NOT NULL ORDER BY id").fetchall()
+    assert points == [(at,) for at in range(1, 9)]
+    assert "PeerJoined" not in kinds[kinds.index("PlanIssued") :]
+    assert not {"PeerGone", "RolledBack", "RoundRefused"} & set(kinds[: kinds.index("Finished")])
