@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.frames import Purpose
 from ..protocol.plan import stage_parameters
+from .clock import Clock
 from .state import Commit, Journal, Point, Rules, RunState, Said
 from .store import Store
 
@@ -60,6 +60,7 @@ class Board:
         self.config, self.rules, self.run_id, self.vocab_size = config, rules, run_id, vocab_size
         self.version = 1
         self.published: str | None = None
+        self.clock = Clock()
         self._state = RunState()
         self._changed = asyncio.Condition()
         self._figures: dict[str, PeerFigures] = {}
@@ -86,7 +87,7 @@ class Board:
             maxlen=30,
         )
         first = store.rows("SELECT MIN(time) FROM events")
-        self._started = first[0][0] or time.time()
+        self._started = first[0][0] or self.clock()
         for peer, session, purpose, direction, nbytes, dense in store.rows("SELECT * FROM traffic"):
             self._traffic[peer, session, purpose, direction] = (nbytes, dense)
 
@@ -202,7 +203,7 @@ class Board:
         codec = f"{forward} both ways" if forward == backward else f"{forward} forward, {backward} backward"
         return {
             "version": self.version,
-            "now": time.time(),
+            "now": self.clock(),
             "run": {
                 "name": config.name,
                 "id": self.run_id,
@@ -251,6 +252,7 @@ class Board:
             shown = "loading"
         elif place is None:
             shown = "waiting"
+        shown = "away" if member.away is not None else shown
         figures = self._figures.get(peer, PeerFigures())
         totals = {"in": 0, "out": 0}
         for (owner, _, _, direction), (nbytes, _) in self._traffic.items():
@@ -270,7 +272,7 @@ class Board:
         }
 
     def _speed(self, train: list[dict[str, Any]]) -> float | None:
-        recent = [p for p in train if p["time"] >= time.time() - RATE_SECONDS]
+        recent = [p for p in train if p["time"] >= self.clock() - RATE_SECONDS]
         if len(recent) < 2 or recent[-1]["time"] <= recent[0]["time"]:
             return None
         return (recent[-1]["tokens"] - recent[0]["tokens"]) / (recent[-1]["time"] - recent[0]["time"])

@@ -23,10 +23,12 @@ class Event(Struct, frozen=True, kw_only=True, tag=True):
 class RunOpened(Event, frozen=True, kw_only=True):
     name: str
     step: int
+    generation: int = 0  # that goes on
 
     @property
     def text(self) -> str:
-        return f"Run {self.name} opened" + (f" again at step {self.step}" if self.step else "")
+        again = f" again at step {self.step}" if self.step or self.generation else ""
+        return f"Run {self.name} opened{again}" + (f": plan {self.generation} goes on" if self.generation else "")
 
 
 class PeerJoined(Event, frozen=True, kw_only=True):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from typing import Any
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import StateError
 from .board import Board
+from .resume import keep
 from .run import step, view_of
 from .standstill import Standstill, shifted
 from .state import (
@@ -80,6 +80,7 @@ class Hub:
 
     def __init__(self, rules: Rules, state: RunState, store: Store, board: Board) -> None:
         self.rules, self.state, self.store, self.board = rules, state, store, board
+        self.clock = board.clock
         self.failed: StateError | None = None
         self.standing: Standstill | None = None
         self.lines: dict[bytes, Line] = {}
@@ -195,7 +196,7 @@ class Hub:
                 batch.append(await self._queue.get())
             while not self._queue.empty() and len(batch) < BATCH:
                 batch.append(self._queue.get_nowait())
-            now = time.time()
+            now = self.clock()
             try:
                 await self._take(batch, now)
             except StateError as error:
@@ -219,11 +220,12 @@ class Hub:
             commands += ordered
         said = [(line.session, what) for what, line, _ in items if line is not None and isinstance(what, Said)]
         heard = self.board.heard(said)
-        durable = [c for c in commands if not isinstance(c, Dismiss)]
+        durable = [*(c for c in commands if not isinstance(c, Dismiss)), *keep(self.state, state)]
         if durable or heard.statements:
             await self.read(self.store.write, durable, now, heard.statements)
-        changed = state.phase != self.state.phase or any(isinstance(what, Gone) for what, _, _ in batch)
-        waited = time.time() - now
+        fewer = self.state.members.keys() - state.members.keys() or any(isinstance(what, Gone) for what, _, _ in batch)
+        changed = state.phase != self.state.phase or fewer
+        waited = self.clock() - now
         self.state = state if waited < HANG_SECONDS else shifted(state, waited)  # a disk that hangs is nobody's fault
         if self.standing:
             self._go_on(beats)
@@ -294,7 +296,7 @@ class Hub:
     async def _fail(self, error: StateError) -> None:
         self.failed = error
         self.state = replace(self.state, note=error.one_line())
-        self.board.update(self.state, [], time.time())
+        self.board.update(self.state, [], self.clock())
         await self._notify()
 
     async def _notify(self) -> None:

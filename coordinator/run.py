@@ -173,7 +173,7 @@ class Machine(Turn):
         assert self.state.plan is not None
         smallest = min(need.memory_gb for need in self.rules.needs)
         return any(
-            p not in self.state.plan.peers and not m.leaving and m.memory_gb >= smallest
+            p not in self.state.plan.peers and not m.leaving and m.away is None and m.memory_gb >= smallest
             for p, m in self.state.members.items()
         )
 
@@ -402,7 +402,8 @@ class Machine(Turn):
         for member in list(self.state.members.values()):
             self.member(replace(member, step=mark.step, ready=0))
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
-        self.set(evaluated=min(state.evaluated, mark.step))  # what is trained anew is evaluated anew
+        # What is trained anew is evaluated and charted anew.
+        self.set(evaluated=min(state.evaluated, mark.step), charted=min(state.charted, mark.step))
         names = tuple(tuple(self.state.members[p].name for p in peers) for peers in start.seats)
         self.journal(ev.PlanIssued(generation=plan.generation, step=mark.step, origin=mark.kind, stages=names))
         self.enter("preparing", "workers take over their stages")

@@ -52,7 +52,12 @@ def shifted(state: RunState, seconds: float) -> RunState:
         last_join=state.last_join + seconds,
         leased_at={step: expires + seconds for step, expires in state.leased_at.items()},
         members={
-            peer: replace(member, joined=member.joined + seconds, last_seen=member.last_seen + seconds)
+            peer: replace(
+                member,
+                joined=member.joined + seconds,
+                last_seen=member.last_seen + seconds,
+                away=None if member.away is None else member.away + seconds,
+            )
             for peer, member in state.members.items()
         },
     )

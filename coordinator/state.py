@@ -35,12 +35,13 @@ class Rules:
     settle_seconds: float = 1.0  # after the last join, before a plan is made for it
     lease_ahead: int = 2  # steps granted beyond the slowest peer
     reroutes: bool = True  # a generation goes on without a replica whose stage has another one
-    silence_seconds: float = 20.0  # without a word, before a peer counts as lost
+    silence_seconds: float = 15.0  # without a word, before a peer counts as lost
+    away_seconds: float = 3.0  # that a peer has to dial again when its line broke
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A peer with an open control stream."""
+    """A peer with an open control stream, or one that broke just now."""
 
     peer: str
     name: str
@@ -53,6 +54,7 @@ class Member:
     joined: float = 0.0
     last_seen: float = 0.0
     leaving: bool = False
+    away: float | None = None  # its line broke: until when it is waited for
     ready: int = 0  # generation it is ready for
     step: int = 0  # steps done in the current generation
     state: str = "waiting"
@@ -110,6 +112,7 @@ class RunState:
     publish: int | None = None
     published: int = -1
     evaluated: int = -1
+    charted: int = 0  # steps whose loss is on the curve
     last_join: float = 0.0
     leased_at: Mapping[int, float] = field(default_factory=dict)  # step -> when its leases expire
     losses: Mapping[int, Mapping[str, pb.StepDone]] = field(default_factory=dict)
@@ -231,6 +234,13 @@ class Remember:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What the next start needs to go on with the generation: JSON values by name (see :mod:`.resume`)."""
+
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """A point of the loss curve."""
 
@@ -251,4 +261,4 @@ class Dismiss:
     hint: str
 
 
-Command = Journal | Lease | Relet | ReturnLeases | Commit | Uncommit | Remember | Point | Dismiss
+Command = Journal | Lease | Relet | ReturnLeases | Commit | Uncommit | Remember | Keep | Point | Dismiss

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from ..protocol.errors import StateError
-from .state import Command, Commit, Journal, Lease, Mark, Point, Relet, Remember, ReturnLeases, Uncommit
+from .state import Command, Commit, Journal, Keep, Lease, Mark, Point, Relet, Remember, ReturnLeases, Uncommit
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -109,11 +109,11 @@ class Store:
                     (now, event.kind, data, event.text),
                 )
             case Lease():
-                values = (command.generation, command.step, command.peer, command.first, command.count)
+                lease = (command.generation, command.step, command.peer, command.first, command.count)
                 run(
                     "INSERT INTO ledger (generation, step, peer, first, count, state, expires, changed)"
                     " VALUES (?,?,?,?,?,'leased',?,?)",
-                    (*values, command.expires, now),
+                    (*lease, command.expires, now),
                 )
             case Relet(generation=generation, peer=peer, holders=holders):
                 self._db.executemany(
@@ -148,6 +148,9 @@ class Store:
             case Remember(generation=generation, stop=stop):
                 self._set("generation", generation)
                 self._set("stop", None if stop is None else mark_to_json(stop))
+            case Keep(values=values):
+                for key, value in values.items():
+                    self._set(key, value)
             case Point():
                 run(
                     "INSERT INTO points (step, samples, time, train, heldout) VALUES (?,?,?,?,?)",

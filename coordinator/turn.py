@@ -39,6 +39,9 @@ class Turn(ABC):
 
     def joined(self, member: Member) -> None:
         present = self.state.members.get(member.peer)
+        if present and present.away is not None and present.session != member.session:
+            self.lost(present)  # one key, one process: the old one is no more
+            present = None
         if present and present.session != member.session:
             self.dismiss(
                 member,
@@ -60,7 +63,7 @@ class Turn(ABC):
             self.dismiss(member, self.state.phase, f"the run is {self.state.phase}", "There is nothing to do here.")
             return
         if present:  # its line broke and it dialled again: it is where it was
-            known = replace(present, addresses=member.addresses, savepoints=member.savepoints)
+            known = replace(present, addresses=member.addresses, savepoints=member.savepoints, away=None)
             self.member(replace(known, last_seen=self.now))
             return
         self.journal(ev.PeerJoined(peer=member.peer, name=member.name, device=member.device))
@@ -71,16 +74,27 @@ class Turn(ABC):
         member = self.state.members.get(peer)
         if member is None or (session and session != member.session):
             return
-        graceful = released(self.state, peer)
-        self.journal(ev.PeerGone(peer=peer, name=member.name, graceful=graceful))
-        self.set(members={p: m for p, m in self.state.members.items() if p != peer})
+        if not needed(self.state, peer):
+            self.lost(member)
+        elif member.away is None:
+            self.member(replace(member, away=self.now + self.rules.away_seconds))
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Who has not dialled again in time is lost."""
+        for member in list(self.state.members.values()):
+            if member.away is not None and member.away <= self.now:
+                self.lost(member)
+
+    def lost(self, member: Member) -> None:
+        """A peer is no more."""
+        wanted = needed(self.state, member.peer)
+        self.journal(ev.PeerGone(peer=member.peer, name=member.name, graceful=released(self.state, member.peer)))
+        self.set(members={p: m for p, m in self.state.members.items() if p != member.peer})
         plan = self.state.plan
-        if graceful or plan is None or self.state.phase in ("finished", "stopped", "waiting"):
-            return
-        donors = {d.peer for s in plan.stages for d in s.donors}
-        if peer in plan.peers and self.state.phase == "training" and self.expendable(peer):
+        if plan and member.peer in plan.peers and self.state.phase == "training" and self.expendable(member.peer):
             self.go_on_without(member)
-        elif peer in plan.peers or (self.state.phase == "preparing" and peer in donors):
+        elif wanted:
             self.abort(f"{member.name} is gone")
 
     def said(self, peer: str, report: pb.Up) -> None:
@@ -118,13 +132,13 @@ class Turn(ABC):
                 self.member(replace(member, savepoints=member.savepoints | {point}))
 
     def step_done(self, member: Member, message: pb.StepDone) -> None:
-        if message.step != member.step or message.step >= self.state.until:
+        if not member.step <= message.step < self.state.until:  # after a restart it may be ahead of what is known
             return
         self.member(replace(member, step=message.step + 1))
         plan = self.state.plan
         assert plan is not None
         last = {r.peer for r in plan.replicas[-1]}
-        if member.peer in last:
+        if member.peer in last and message.step >= self.state.charted:
             losses = {**self.state.losses.get(message.step, {}), member.peer: message}
             kept = {**self.state.losses, message.step: losses}
             if losses.keys() >= last:
@@ -132,8 +146,8 @@ class Turn(ABC):
                 loss = sum(m.loss_sum for m in losses.values()) / max(1, targets)
                 samples = plan.first_sample_of(message.step + 1)
                 self.commands.append(Point(step=message.step + 1, tokens_samples=samples, train=loss))
-                del kept[message.step]
-            self.set(losses=kept)
+                self.set(charted=message.step + 1)
+            self.set(losses={s: said for s, said in kept.items() if s >= self.state.charted})
 
     def round_done(self, member: Member, message: pb.RoundDone) -> None:
         plan = self.state.plan
@@ -195,15 +209,16 @@ class Turn(ABC):
         self.set(stop_asked=True)
 
     def tick(self) -> None:
+        self.give_up()
         for member in list(self.state.members.values()):
-            if self.now - member.last_seen > self.rules.silence_seconds:
+            if member.away is None and self.now - member.last_seen > self.rules.silence_seconds:
                 self.dismiss(
                     member,
                     "silent",
                     "no word for too long",
                     "Check the line; the worker dials again by itself.",
                 )
-                self.gone(member.peer, member.session)
+                self.lost(member)
         slow = self.state.phase in ("preparing", "finishing")
         if slow and self.now - self.state.since > TRANSFER_LEASES * self.rules.lease_seconds:
             self.abort(f"{self.state.phase} took too long")
@@ -230,11 +245,15 @@ class Turn(ABC):
         self.state = replace(self.state, **changes)  # type: ignore[arg-type]
 
 
+def needed(state: RunState, peer: str) -> bool:
+    """Whether the generation cannot go on without a peer."""
+    plan = state.plan
+    if plan is None or state.phase in ("waiting", "finished", "stopped"):
+        return False
+    donors = {d.peer for s in plan.stages for d in s.donors} if state.phase == "preparing" else set()
+    return peer in plan.peers or peer in donors
+
+
 def released(state: RunState, peer: str) -> bool:
     """Whether nothing more is wanted from a peer."""
-    member, plan = state.members[peer], state.plan
-    seated = plan is not None and peer in plan.peers
-    donor = (
-        plan is not None and state.phase == "preparing" and any(peer == d.peer for s in plan.stages for d in s.donors)
-    )
-    return state.phase in ("finished", "stopped") or (member.leaving and not seated and not donor)
+    return state.phase in ("finished", "stopped") or (state.members[peer].leaving and not needed(state, peer))

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
-from ..protocol.errors import CapacityError, PotluckError, RefusedError, StateError
+from ..protocol.errors import CapacityError, PotluckError, RefusedError, StateError, UnreachableError
 from ..protocol.frames import Header, Purpose
 from ..protocol.grpc_transport import GrpcTransport
 from ..protocol.identity import Identity
@@ -43,6 +44,7 @@ from .warm import warm
 log = logging.getLogger(__name__)
 GIVE_UP = timedelta(seconds=10)  # a path to a peer that stays broken for so long is a fault
 JOIN_SECONDS = 30.0  # for the computing thread to end
+CORPUS_TRIES, CORPUS_PAUSE_SECONDS = 60, 1.0  # while the coordinator does not answer
 
 
 class Session:
@@ -120,7 +122,7 @@ class Session:
             peer=self.identity.peer_id,
             device=self.config.device,
         )
-        coordinator = Coordinator(self.control, self.folder / "corpus", manifest)
+        coordinator = Coordinator(self.control, self.views, self.folder / "corpus", manifest)
         return Engine(config, self.views, self.links, self.mailbox, self.points, coordinator)
 
     # What the network calls.
@@ -175,8 +177,8 @@ class Session:
 class Coordinator:
     """The control stream, as the computing thread sees it: calls that block until the loop has done them."""
 
-    def __init__(self, control: Control, folder: Path, manifest: Manifest) -> None:
-        self._control, self._folder, self._manifest = control, folder, manifest
+    def __init__(self, control: Control, views: Views, folder: Path, manifest: Manifest) -> None:
+        self._control, self._views, self._folder, self._manifest = control, views, folder, manifest
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -195,9 +197,17 @@ class Coordinator:
 
     def corpus(self) -> Path:
         tokens = self._folder / TOKENS_FILE
-        if not tokens.exists():
+        tries = 0
+        while not tokens.exists():
             fetched = self._control.fetch(self._manifest.tokens_sha256, tokens)
-            asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
+            try:
+                asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
+            except UnreachableError as error:
+                tries += 1
+                if tries == CORPUS_TRIES or self._views.closed:
+                    raise
+                log.warning("%s", error)
+                time.sleep(CORPUS_PAUSE_SECONDS)
         try:
             (self._folder / MANIFEST_FILE).write_bytes(self._manifest.encode())
         except OSError as error:

@@ -132,7 +132,7 @@ def test_a_lost_peer_ends_the_generation_at_once() -> None:
 
 def test_silence_is_a_loss() -> None:
     run = committed("a", "b", "c", "d")
-    run.now += 15.0
+    run.now += 10.0
     for peer in "abc":
         run.say(peer, heartbeat=pb.Heartbeat(state="training"))
     commands = run.do(Tick(), later=6.0)

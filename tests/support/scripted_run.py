@@ -38,6 +38,7 @@ RULES = Rules(
     wait_for=2,
     lease_seconds=60.0,
     patience_seconds=30.0,
+    away_seconds=0.0,  # whose line breaks is lost at once, unless a test is about that
 )
 SAMPLES = 6  # of a step, with one replica of the first stage
 

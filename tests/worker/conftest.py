@@ -117,7 +117,7 @@ class LocalRun:
 
     def __init__(self, config: RunConfig, data: tuple[Path, Manifest], folder: Path) -> None:
         self.config, (self.folder, self.manifest), self.home = config, data, folder
-        self.rules = replace(service.rules_of(config, self.manifest), settle_seconds=0.0)
+        self.rules = replace(service.rules_of(config, self.manifest), settle_seconds=0.0, away_seconds=0.0)
         self.machine = state.RunState()
         self.workers: dict[str, LocalWorker] = {}
         self.events: list[events.Event] = []
