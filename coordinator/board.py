@@ -80,7 +80,8 @@ class Board:
             ({"id": i, "time": t, "kind": k, "text": text} for i, t, k, text in reversed(recent)), maxlen=100
         )
         rounds = store.rows(
-            "SELECT round, step, replicas, samples, nbytes, seconds, committed FROM rounds ORDER BY step DESC LIMIT 30"
+            "SELECT round, step, replicas, samples, nbytes, seconds, committed, degraded FROM rounds"
+            " ORDER BY step DESC LIMIT 30"
         )
         self._rounds = deque(
             (round_row(*row) for row in reversed(rounds)),
@@ -148,7 +149,8 @@ class Board:
                 )
             else:
                 c = command
-                self._rounds.append(round_row(c.round, c.mark.step, c.replicas, c.samples, c.nbytes, c.seconds, now))
+                values = (c.round, c.mark.step, c.replicas, c.samples, c.nbytes, c.seconds, now, c.degraded)
+                self._rounds.append(round_row(*values))
         self._notify()
 
     def publish(self, path: str) -> None:
@@ -290,7 +292,7 @@ class Board:
 
 
 def round_row(
-    number: int, step: int, replicas: int, samples: int, nbytes: int, seconds: float, committed: float
+    number: int, step: int, replicas: int, samples: int, nbytes: int, seconds: float, committed: float, degraded: bool
 ) -> dict[str, Any]:
     return {
         "round": number,
@@ -301,7 +303,7 @@ def round_row(
         "nbytes": nbytes,
         "seconds": seconds,
         "committed": committed,
-        "degraded": False,
+        "degraded": bool(degraded),
     }
 
 

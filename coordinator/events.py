@@ -97,6 +97,24 @@ class Rerouted(Event, frozen=True, kw_only=True):
         return f"Going on without {self.name}: {others} over its part of stage {self.stage} from step {self.since}"
 
 
+class Held(Event, frozen=True, kw_only=True):
+    """Nothing new is leased: a stage has too few replicas."""
+
+    why: str
+
+    @property
+    def text(self) -> str:
+        return f"Held: {self.why}"
+
+
+class Degraded(Event, frozen=True, kw_only=True):
+    why: str
+
+    @property
+    def text(self) -> str:
+        return f"Nobody came: going on degraded, {self.why}"
+
+
 class TrainingStarted(Event, frozen=True, kw_only=True):
     generation: int
     step: int
@@ -113,10 +131,12 @@ class RoundCommitted(Event, frozen=True, kw_only=True):
     samples: int
     nbytes: int
     seconds: float
+    degraded: bool = False  # a stage had fewer replicas than the run's quorum
 
     @property
     def text(self) -> str:
-        return f"Round {self.round} committed at step {self.step}: {self.samples} samples, all replicas agree"
+        how = "below quorum, those left agree" if self.degraded else "all replicas agree"
+        return f"Round {self.round} committed at step {self.step}: {self.samples} samples, {how}"
 
 
 class RoundRefused(Event, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from ..protocol import control_pb2 as pb
 from . import events as ev
+from .losses import Losses, short_of_quorum
 from .planning import Start, Wait, choose, make_plan
 from .state import (
     Command,
@@ -29,8 +30,6 @@ from .state import (
     Joined,
     Lease,
     Mark,
-    Member,
-    Relet,
     Remember,
     ReturnLeases,
     Rules,
@@ -42,7 +41,7 @@ from .state import (
     Unpublished,
     Uploaded,
 )
-from .turn import TRANSFER_LEASES, Turn, released
+from .turn import TRANSFER_LEASES, released
 from .verdict import judge
 
 KEPT_MARKS = 50
@@ -87,7 +86,7 @@ def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
     )
 
 
-class Machine(Turn):
+class Machine(Losses):
     """Decides what follows from the state."""
 
     def advance(self) -> None:
@@ -173,7 +172,11 @@ class Machine(Turn):
         assert self.state.plan is not None
         smallest = min(need.memory_gb for need in self.rules.needs)
         return any(
-            p not in self.state.plan.peers and not m.leaving and m.away is None and m.memory_gb >= smallest
+            p not in self.state.plan.peers
+            and not m.leaving
+            and m.away is None
+            and m.memory_gb >= smallest
+            and not (p in self.state.barred and self.now < self.state.barred[p].until)
             for p, m in self.state.members.items()
         )
 
@@ -195,9 +198,12 @@ class Machine(Turn):
         if plan is None or self.state.phase != "training" or self.state.plan is not plan:
             return
         done = min(max(self.state.members[p].step, plan.first_step) for p in plan.peers)
+        self.set(pace=self.state.pace.reached(done, self.now, learn=done > plan.first_step + 1))
         limit = self.rules.steps if self.state.end is None else self.state.end
         leased = {s: t for s, t in self.state.leased_at.items() if s >= done}
         until = max(self.state.until, min(limit, done + self.rules.lease_ahead))
+        if self.is_held():
+            until = self.state.until
         for at in range(self.state.until, until):
             expires = self.now + self.rules.lease_seconds * (1 + at - done)
             leased[at] = expires
@@ -253,6 +259,7 @@ class Machine(Turn):
             samples=mark.sample - state.committed.sample,
             nbytes=min(sum(r.nbytes for r in reports.values()), 2**63 - 1),
             seconds=max([0.0, *(r.seconds for r in reports.values() if math.isfinite(r.seconds))]),
+            degraded=bool(short_of_quorum(self.rules, state)),
         )
         self.commands.append(command)
         for i, replicas in enumerate(plan.replicas):
@@ -279,57 +286,11 @@ class Machine(Turn):
                 samples=command.samples,
                 nbytes=command.nbytes,
                 seconds=command.seconds,
+                degraded=command.degraded,
             )
         )
         if self.state.rounds % self.rules.publish_rounds == 0 and self.state.publish is None:
             self.set(publish=mark.step)
-
-    # A replica is lost.
-
-    def expendable(self, peer: str) -> bool:
-        """Whether others of its stage can do again all that is lost with it: they have its neighbours' bytes."""
-        plan, committed = self.state.plan, self.state.committed
-        assert plan is not None
-        stage, _ = plan.places[peer]
-        begun_here = plan.origin != "step" or committed.generation == plan.generation
-        return (
-            self.rules.reroutes and len(plan.replicas[stage]) > 1 and begun_here and self.state.closing != "save"
-        )
-
-    def go_on_without(self, member: Member) -> None:
-        """The generation goes on: no round that was on its way counts, so nothing of it was applied anywhere."""
-        state, plan = self.state, self.state.plan
-        assert plan is not None
-        stage, _ = plan.places[member.peer]
-        since, void = state.committed.step, state.until
-        after = plan.without(member.peer, since, void)
-        holders = {
-            plan.samples(at, seat.start).start: after.peer_of(0, seat.start)
-            for at in range(since, state.until)
-            for seat in plan.seats
-            if plan.peer_of(0, seat.start) == member.peer
-        }
-        if holders:
-            self.commands.append(Relet(generation=plan.generation, peer=member.peer, holders=holders))
-        self.journal(
-            ev.Rerouted(
-                generation=plan.generation,
-                peer=member.peer,
-                name=member.name,
-                stage=stage,
-                since=since,
-                void=void,
-                left=len(after.replicas[stage]),
-            )
-        )
-        self.set(
-            plan=after,
-            rounds_done={},
-            evals={},
-            evaluated=max(state.evaluated, min(void, self.rules.steps - 1)),
-            leased_at={at: self.now + self.rules.lease_seconds * (2 + i) for i, at in enumerate(sorted(state.leased_at))},
-            losses={s: {p: m for p, m in said.items() if p in after.peers} for s, said in state.losses.items()},
-        )
 
     # Ends and beginnings of a generation.
 

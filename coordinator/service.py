@@ -69,6 +69,7 @@ def rules_of(config: RunConfig, manifest: Manifest) -> Rules:
         wait_for=config.coordinator.wait_for,
         lease_seconds=config.coordinator.lease_seconds,
         patience_seconds=config.coordinator.patience_seconds,
+        quorum=config.pipeline.quorum,
         reroutes=not config.activations.reuse,  # a delta is of use to the replica that keeps the value, no other
     )
 

@@ -11,6 +11,7 @@ from ..protocol.config import EvalConfig, Sync
 from ..protocol.plan import Plan, Replica, SavePoint
 from .assignment import StageNeed
 from .events import Event
+from .pace import Pace
 
 Phase = Literal["waiting", "preparing", "training", "finishing", "finished", "stopped"]
 
@@ -34,6 +35,7 @@ class Rules:
     patience_seconds: float
     settle_seconds: float = 1.0  # after the last join, before a plan is made for it
     lease_ahead: int = 2  # steps granted beyond the slowest peer
+    quorum: int = 1  # replicas of a stage, below which a round is held, then degraded
     reroutes: bool = True  # a generation goes on without a replica whose stage has another one
     silence_seconds: float = 15.0  # without a word, before a peer counts as lost
     away_seconds: float = 3.0  # that a peer has to dial again when its line broke
@@ -58,6 +60,7 @@ class Member:
     ready: int = 0  # generation it is ready for
     step: int = 0  # steps done in the current generation
     state: str = "waiting"
+    idle: bool = False  # it waits for somebody, as of its last heartbeat
 
     @property
     def replica(self) -> Replica:
@@ -92,6 +95,14 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bar:
+    """No generation is ended for this peer's sake before ``until``; each time it takes longer."""
+
+    until: float
+    times: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunState:
     """Everything the coordinator decides from. Replaced, never changed."""
 
@@ -114,6 +125,10 @@ class RunState:
     evaluated: int = -1
     charted: int = 0  # steps whose loss is on the curve
     last_join: float = 0.0
+    pace: Pace = field(default_factory=Pace)
+    held: float | None = None  # since when a stage has too few replicas
+    degraded: bool = False  # nobody came, and the run goes on all the same
+    barred: Mapping[str, Bar] = field(default_factory=dict)  # who was given up though it lives
     leased_at: Mapping[int, float] = field(default_factory=dict)  # step -> when its leases expire
     losses: Mapping[int, Mapping[str, pb.StepDone]] = field(default_factory=dict)
     rounds_done: Mapping[int, Mapping[str, pb.RoundDone]] = field(default_factory=dict)
@@ -216,6 +231,7 @@ class Commit:
     samples: int
     nbytes: int
     seconds: float
+    degraded: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ CREATE INDEX IF NOT EXISTS ledger_by_state ON ledger (state, step);
 CREATE TABLE IF NOT EXISTS rounds (
     step INTEGER PRIMARY KEY, round INTEGER NOT NULL, generation INTEGER NOT NULL, sample INTEGER NOT NULL,
     digests TEXT NOT NULL, replicas INTEGER NOT NULL, samples INTEGER NOT NULL, nbytes INTEGER NOT NULL,
-    seconds REAL NOT NULL, committed REAL NOT NULL);
+    seconds REAL NOT NULL, committed REAL NOT NULL, degraded INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL,
     text TEXT NOT NULL);
@@ -132,10 +132,10 @@ class Store:
                 )
                 digests = json.dumps([d.hex() for d in mark.digests])
                 run(
-                    "INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)",
+                    "INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?,?)",
                     (
                         *(mark.step, command.round, mark.generation, mark.sample, digests),
-                        *(command.replicas, command.samples, command.nbytes, command.seconds, now),
+                        *(command.replicas, command.samples, command.nbytes, command.seconds, now, command.degraded),
                     ),
                 )
             case Uncommit(step=step):

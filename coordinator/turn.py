@@ -28,12 +28,16 @@ class Turn(ABC):
         """Ends the generation at once."""
 
     @abstractmethod
-    def expendable(self, peer: str) -> bool:
-        """Whether the generation can go on without a replica."""
+    def go_on_without(self, member: Member) -> bool:
+        """The others of its stage take over what it serves; False if they cannot."""
 
     @abstractmethod
-    def go_on_without(self, member: Member) -> None:
-        """The others of its stage take over what it serves."""
+    def parted(self, member: Member, other: str, what: str) -> None:
+        """Two peers do not reach each other."""
+
+    @abstractmethod
+    def look_for_hangs(self) -> None:
+        """When no step is done for longer than it ever takes, who is to blame is given up."""
 
     # What comes in.
 
@@ -91,10 +95,7 @@ class Turn(ABC):
         wanted = needed(self.state, member.peer)
         self.journal(ev.PeerGone(peer=member.peer, name=member.name, graceful=released(self.state, member.peer)))
         self.set(members={p: m for p, m in self.state.members.items() if p != member.peer})
-        plan = self.state.plan
-        if plan and member.peer in plan.peers and self.state.phase == "training" and self.expendable(member.peer):
-            self.go_on_without(member)
-        elif wanted:
+        if wanted and not self.go_on_without(member):
             self.abort(f"{member.name} is gone")
 
     def said(self, peer: str, report: pb.Up) -> None:
@@ -104,7 +105,9 @@ class Turn(ABC):
         self.member(replace(member, last_seen=self.now))
         body = report.WhichOneof("body")
         if body == "heartbeat":
-            self.member(replace(self.state.members[peer], state=report.heartbeat.state[:STATE_LENGTH] or "training"))
+            beat = report.heartbeat
+            word = beat.state[:STATE_LENGTH] or "training"
+            self.member(replace(self.state.members[peer], state=word, idle=beat.idle))
         elif body == "leaving":
             if not member.leaving:
                 self.journal(ev.PeerLeaving(peer=peer, name=member.name))
@@ -188,7 +191,10 @@ class Turn(ABC):
             origin = (plan.origin_generation, plan.first_step)
             kept = frozenset(s for s in holder.savepoints if (s.generation, s.step) != origin)
             self.member(replace(holder, savepoints=kept))
-        self.abort(f"{member.name}: {what}")
+        if self.state.phase == "training" and plan and message.peer and message.peer != member.peer:
+            self.parted(member, message.peer, what)
+        else:
+            self.abort(f"{member.name}: {what}")
 
     def uploaded(self, at: int, path: str) -> None:
         self.journal(ev.Published(step=at, path=path))
@@ -223,9 +229,7 @@ class Turn(ABC):
         if slow and self.now - self.state.since > TRANSFER_LEASES * self.rules.lease_seconds:
             self.abort(f"{self.state.phase} took too long")
         if self.state.phase == "training":
-            late = [s for s, expires in self.state.leased_at.items() if expires < self.now]
-            if late:
-                self.abort(f"the lease of step {min(late)} expired")
+            self.look_for_hangs()
 
     # Small change.
 

@@ -299,12 +299,14 @@ class Traffic(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., direction: _Optional[str] = ..., purpose: _Optional[str] = ..., nbytes: _Optional[int] = ..., dense_nbytes: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("traffic", "state")
+    __slots__ = ("traffic", "state", "idle")
     TRAFFIC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    IDLE_FIELD_NUMBER: _ClassVar[int]
     traffic: _containers.RepeatedCompositeFieldContainer[Traffic]
     state: str
-    def __init__(self, traffic: _Optional[_Iterable[_Union[Traffic, _Mapping]]] = ..., state: _Optional[str] = ...) -> None: ...
+    idle: bool
+    def __init__(self, traffic: _Optional[_Iterable[_Union[Traffic, _Mapping]]] = ..., state: _Optional[str] = ..., idle: _Optional[bool] = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("token", "name", "offset")

@@ -87,6 +87,7 @@ class Control:
         self.welcome: asyncio.Future[pb.Welcome] = asyncio.get_running_loop().create_future()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.state = "loading"
+        self.idle: Callable[[], bool] = lambda: True  # whether the computing thread waits for somebody
         self._loop = asyncio.get_running_loop()
         self._session = os.urandom(16)
         self._reports = Reports()
@@ -277,6 +278,7 @@ class Control:
     def _heartbeat(self) -> pb.Heartbeat:
         return pb.Heartbeat(
             state=self.state,
+            idle=self.idle(),
             traffic=[
                 pb.Traffic(
                     peer=t.peer,

@@ -253,9 +253,9 @@ class Engine:
         replicas = len(plan.replicas[self._seat.stage])
         self.hq.counterfactual(round(2 * (replicas - 1) / replicas * 2 * self.stage.size))
         failed = self._pending is not None and self._pending.done() and self._pending.exception() is not None
-        if failed or is_applied(self.sync_rule, self.config.run.seed, self._captured, done):
-            if not self._finish_pending(late=True):
-                return
+        due = failed or is_applied(self.sync_rule, self.config.run.seed, self._captured, done)
+        if due and not self._finish_pending(late=True):
+            return
         if is_round(self.sync_rule, self.config.run.seed, step) and (done > plan.void or not plan.attempt):
             self._round(done, wait=self.sync_rule.delay == 0)
 
@@ -299,10 +299,13 @@ class Engine:
         if self._pending is None:
             return True
         assert self.stage is not None
+        self.views.idle = True
         try:
             outcome = self._pending.result()
         except Rerouted:
             return False
+        finally:
+            self.views.idle = False
         if not self._is_committed(self._captured):
             return False
         self._pending = None

@@ -59,6 +59,7 @@ class Mailbox:
         self._generation = 0
         self._plan: Plan | None = None  # if somebody is lost in it
         self._lost: frozenset[str] = frozenset()
+        self._takers: set[int] = set()  # threads that wait for a frame
         self._closed = False
 
     def put(self, address: Address, frame: Frame) -> bool:
@@ -94,10 +95,12 @@ class Mailbox:
             return self._closed or generation < self._generation
 
         with self._changed:
+            self._takers.add(threading.get_ident())
             arrived = self._changed.wait_for(
                 lambda: over() or self._newer(generation, attempt) or any(place in self._frames for place in wanted),
                 timeout_seconds,
             )
+            self._takers.discard(threading.get_ident())
             if over():
                 raise Fenced
             if plan := self._newer(generation, attempt):
@@ -108,6 +111,10 @@ class Mailbox:
             frame = self._drop(place)
             assert frame is not None
             return place, frame
+
+    def waits(self, thread: int | None) -> bool:
+        """Whether a thread waits for a frame."""
+        return thread in self._takers
 
     def holds(self, address: Address) -> bool:
         """Whether a frame waits there."""

@@ -80,6 +80,7 @@ class Session:
             await asyncio.to_thread(warm, engine.config.run)
             thread = threading.Thread(target=compute, args=(engine, computed), name="engine", daemon=True)
             thread.start()
+            self.control.idle = lambda: self.views.idle or self.mailbox.waits(thread.ident)
             asking = asyncio.create_task(self.ask_to_leave(leave))
             try:
                 await asyncio.wait({computed, self.control.ended}, return_when=asyncio.FIRST_COMPLETED)

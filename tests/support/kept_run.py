@@ -82,7 +82,7 @@ class KeptRun(Run):
 
 def with_a_lost_round(folder: Path, *, restarted: bool = False) -> KeptRun:
     """Rounds at 4 and 8; the second is lost with all who held it, and made again; two replicas in between."""
-    run = KeptRun(folder, 3)
+    run = KeptRun(folder, 3, reroutes=False)
     run.join("a", "b", "c")
     run.ready()
     run.to(4)

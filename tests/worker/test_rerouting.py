@@ -70,7 +70,12 @@ class Deaths:
 
 STEPS = 9
 SENDERS = {Kind.ACTIVATION: (0, 1), Kind.GRADIENT: (1, 2), Kind.SHARD: (0, 1, 2), Kind.MEAN: (0, 1, 2)}
-ONE = [((stage, kind, n),) for kind, stages in SENDERS.items() for stage in stages for n in (1, 3 + 3 * (kind < Kind.SHARD))]
+ONE = [
+    ((stage, kind, n),)
+    for kind, stages in SENDERS.items()
+    for stage in stages
+    for n in (1, 3 + 3 * (kind < Kind.SHARD))
+]
 TWO = [
     ((0, Kind.ACTIVATION, 4), (1, Kind.GRADIENT, 4)),
     ((1, Kind.ACTIVATION, 5), (2, Kind.GRADIENT, 5)),
