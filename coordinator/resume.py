@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Literal
 
 import msgspec
+from google.protobuf.message import DecodeError
 from msgspec import Struct
 
 from ..protocol import control_pb2 as pb
+from ..protocol.errors import WireError
 from ..protocol.plan import Plan
 from .state import Keep, Member, Rules, RunState
 from .store import Store
@@ -102,13 +104,14 @@ def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
     try:
         crew = msgspec.convert(store.meta("crew"), Crew | None)
         course = msgspec.convert(store.meta("course"), Course | None)
-    except msgspec.ValidationError:  # another version's
+        if crew is None or course is None:
+            return state
+        plan = Plan.from_proto(pb.Plan.FromString(base64.b64decode(crew.plan)))
+    except (msgspec.ValidationError, WireError, DecodeError, ValueError):  # another version's
         return state
-    if crew is None or course is None:
-        return state
-    plan, now = Plan.from_proto(pb.Plan.FromString(base64.b64decode(crew.plan))), state.since
     if plan.generation != state.generation:
         return state
+    now = state.since
     leased = "SELECT COALESCE(MAX(step) + 1, ?) FROM ledger WHERE generation = ? AND state != 'returned'"
     until = store.rows(leased, (plan.first_step, plan.generation))[0][0]
     done = max(plan.first_step, until - rules.lease_ahead)  # by everybody: else the last steps were not leased

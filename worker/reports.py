@@ -32,9 +32,10 @@ class Reports:
         kind = up.WhichOneof("body")
         if kind in REPEATED:
             generation = getattr(up, kind).generation
-            if generation != self._generation:
+            if generation > self._generation:
                 self._generation, self._said = generation, {}
-            self._said.setdefault(kind, deque(maxlen=KEPT)).append(up)
+            if generation == self._generation:
+                self._said.setdefault(kind, deque(maxlen=KEPT)).append(up)
 
     def after(self, seq: int) -> list[pb.Up]:
         """What is to be sent to a coordinator that was sent everything up to ``seq``."""
