@@ -21,6 +21,7 @@ from typing import Any
 
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import StateError
+from ..protocol.failpoints import failpoint, failpoint_async
 from .board import Board
 from .run import step, view_of
 from .standstill import Standstill, shifted
@@ -208,6 +209,7 @@ class Hub:
 
     async def _take(self, batch: list[Item], now: float) -> None:
         """Everything that follows from a batch, if it can be written down; ``StateError`` and nothing of it if not."""
+        await failpoint_async("coordinator.batch.taken")
         state, beats = self.state, dict(self._beats)
         commands: list[Command] = []
         if self.standing:
@@ -227,6 +229,7 @@ class Hub:
         self.state = state if waited < HANG_SECONDS else shifted(state, waited)  # a disk that hangs is nobody's fault
         if self.standing:
             self._go_on(beats)
+        await failpoint_async("coordinator.acks")
         self._tell(batch, commands)
         self.board.update(self.state, [c for c in durable if isinstance(c, Journal | Point | Commit)], now, heard)
         if changed:
@@ -250,6 +253,7 @@ class Hub:
                 line.send(pb.Down(refuse=pb.Refuse(code=command.code, text=command.text, hint=command.hint)))
                 line.close()
         for line in self.lines.values():
+            failpoint("coordinator.view")
             self._show(self.state, line)
 
     def _show(self, state: RunState, line: Line) -> None:

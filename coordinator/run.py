@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..protocol import control_pb2 as pb
+from ..protocol.failpoints import failpoint
 from . import events as ev
 from .planning import Start, Wait, choose, make_plan
 from .state import (
@@ -221,6 +222,7 @@ class Machine(Turn):
         """Commits a round that everybody reported, if it counts. False if the generation ended over it."""
         plan, reports = self.state.plan, self.state.rounds_done[at]
         assert plan is not None
+        failpoint("coordinator.round.verdict")
         verdict = judge(plan, self.state.committed, at, reports)
         if verdict.wrong:
             names = tuple(sorted(self.state.members[p].name for p in verdict.wrong))
@@ -355,6 +357,7 @@ class Machine(Turn):
             self.member(replace(member, step=mark.step, ready=0))
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
         self.set(evaluated=min(state.evaluated, mark.step))  # what is trained anew is evaluated anew
+        failpoint("coordinator.plan.issued")
         names = tuple(tuple(self.state.members[p].name for p in peers) for peers in start.seats)
         self.journal(ev.PlanIssued(generation=plan.generation, step=mark.step, origin=mark.kind, stages=names))
         self.enter("preparing", "workers take over their stages")

@@ -19,6 +19,7 @@ import grpc
 from .. import __version__
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import RefusedError, StateError, UnreachableError, WireError
+from ..protocol.failpoints import failpoint, failpoint_async
 from ..protocol.frames import Purpose
 from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
 from ..protocol.identity import Identity
@@ -165,6 +166,7 @@ class Control:
 
     async def _connect(self) -> None:
         """One connection, until it breaks."""
+        await failpoint_async("worker.control.dial", UnreachableError)
         channel = await dial_pinned(self.ticket.url, self.ticket.fingerprint)
         self.meter.record_connection(COORDINATOR, dialled=True)
         old, self._channel = self._channel, channel
@@ -203,6 +205,7 @@ class Control:
                 elif body == "ack":
                     self._acknowledged(message.ack.seq)
                 elif body == "view":
+                    await failpoint_async("worker.control.view", UnreachableError)
                     self.on_view(view_from(message.view))
             if not self.welcome.done():
                 raise UnreachableError(
@@ -304,6 +307,7 @@ class Control:
             with part.open("ab") as file:
                 async for piece in method(pb.BlobRequest(token=self._token, name=name, offset=size)):
                     self.meter.record(COORDINATOR, "in", Purpose.DATA, len(piece.data))
+                    failpoint("worker.corpus.piece")
                     file.write(piece.data)
                     digest.update(piece.data)
         except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
@@ -340,6 +344,7 @@ class Control:
             response_deserializer=pb.UploadResult.FromString,
         )
         try:
+            await failpoint_async("worker.upload", UnreachableError)
             result = await method(pieces())
         except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
             raise UnreachableError(f"the upload broke ({reason(error)})") from None

@@ -14,6 +14,7 @@ import safetensors.torch
 
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import DivergedError, PotluckError, StateError, WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.plan import Plan, SavePoint
 from ..protocol.schedule import fragments, is_applied, is_round
 from . import plan as rules
@@ -137,12 +138,14 @@ class Engine:
         number, replica = plan.places[peer]
         layers = (plan.stages[number].first_layer, plan.stages[number].last_layer)
         try:
+            failpoint("worker.seat.fetch")
             state = self._origin(plan, number, layers)
         except MissingError as error:
             log.warning("%s", error)
             self.local = replace(self.local, generation=plan.generation, seated=False)
             self.hq.report(fault=pb.Fault(generation=plan.generation, text=str(error), peer=error.holder))
             return
+        failpoint("worker.seat.fetched")
         if self.stage is None or (self.stage.first, self.stage.last) != layers:
             self.stage = self._build(layers)
         if state is None:
@@ -167,6 +170,7 @@ class Engine:
             step=plan.first_step,
             round=plan.first_step if plan.origin != "step" else 0,
         )
+        failpoint("worker.seat.taken")
         self.hq.report(ready=pb.Ready(generation=plan.generation, digest=digest(self.stage.g)))
         self.hq.state = "training"
 
@@ -241,6 +245,7 @@ class Engine:
         last = done == run.steps
         which = fragments(self.sync_rule, run.seed, done - 1, last)
         capture = self._synchronizer.capture(self.stage, done, self._since, which, full=last)
+        failpoint("worker.round.captured")
         self._since, self._captured = 0, done
         self.local = replace(self.local, round=done)
         generation, synchronizer = self.local.generation, self._synchronizer
@@ -248,6 +253,7 @@ class Engine:
         def exchange() -> Outcome:
             outcome = synchronizer.exchange(capture)
             self.points.keep(outcome.state)
+            failpoint("worker.round.done")
             self.hq.report(
                 round_done=pb.RoundDone(
                     generation=generation,
@@ -271,6 +277,7 @@ class Engine:
             assert self.stage is not None
             outcome = self._pending.result()
             self._pending = None
+            failpoint("worker.round.apply")
             apply(self.stage, outcome, late=late)
 
     def _note_committed(self, view: View) -> None:
@@ -354,6 +361,7 @@ class Engine:
         if state is None:
             raise WireError(f"the round of step {step} is not here any more")
         tensors = {name: t.contiguous() for name, t in self.stage.named(state.g).items()}
+        failpoint("worker.publish")
         data = safetensors.torch.save(tensors, {"format": "pt"})
         try:
             self.hq.publish(step, self._seat.stage, data)
@@ -364,6 +372,7 @@ class Engine:
         self.local = replace(self.local, published=step)
 
     def _leave(self, view: View) -> None:
+        failpoint("worker.leave")
         self.hq.state = "leaving"
         self._drop_pending()
         if view.phase != "finished":

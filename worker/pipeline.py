@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..protocol.errors import WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.frames import Frame, Kind
 from .boundary import EVAL, TRAIN, Boundary
 from .data import Dataset
@@ -87,13 +88,16 @@ class Pipeline:
             else:
                 self._backward(step, served[i])
         result.samples = len(served) * self.seat.plan.microbatch_size
+        failpoint("worker.update", torch.OutOfMemoryError)
         self.stage.update(result.targets)
+        failpoint("worker.updated")
         result.wait_seconds, result.seconds = self._waited, time.perf_counter() - started
         return result
 
     @torch.no_grad()
     def evaluate(self, position: int) -> StepResult:
         """Held-out loss of the reference weights ``g``, forward only, through the same codecs."""
+        failpoint("worker.evaluate", torch.OutOfMemoryError)
         started, self._waited = time.perf_counter(), 0.0
         result, stage, size = StepResult(), self.stage, self.config.pipeline.microbatch_size
         training = stage.x.clone()
@@ -118,6 +122,7 @@ class Pipeline:
         return microbatch % self.seat.plan.microbatches_per_step
 
     def _forward(self, step: int, m: int, result: StepResult) -> None:
+        failpoint("worker.forward", torch.OutOfMemoryError)
         source, targets = self._input(step, m, TRAIN)
         result.targets += int((targets >= 0).sum())
         keep = self.seat.is_last or not self.config.pipeline.recompute
@@ -132,8 +137,10 @@ class Pipeline:
         else:
             flight.output = output if keep else None
             self._send_forward(step, m, output.detach(), targets, TRAIN)
+            failpoint("worker.activation.sent")
 
     def _backward(self, step: int, m: int) -> None:
+        failpoint("worker.backward", torch.OutOfMemoryError)
         flight = self._flights[m]
         if self.seat.is_last:
             assert flight.output is not None
@@ -148,6 +155,7 @@ class Pipeline:
             assert flight.source.grad is not None
             back = self.seat.plan.peer_of(self.seat.stage - 1, m)
             self.wire.post(back, self.boundary.gradient(step, m, flight.source.grad))
+            failpoint("worker.gradient.sent")
 
     def _input(self, step: int, m: int, part: int) -> tuple[Tensor, Tensor]:
         """This stage's input for a microbatch and its targets [B, T] (int64)."""

@@ -18,6 +18,7 @@ import torch
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.errors import CapacityError, PotluckError, RefusedError, StateError
+from ..protocol.failpoints import failpoint
 from ..protocol.frames import Header, Purpose
 from ..protocol.grpc_transport import GrpcTransport
 from ..protocol.identity import Identity
@@ -75,6 +76,7 @@ class Session:
             addresses = await self.links.start(transport)
             self.control.start(self.config.offer(addresses))
             welcome = await self.control.welcome
+            failpoint("worker.joined")
             engine = self.engine(welcome)
             await asyncio.to_thread(warm, engine.config.run)
             thread = threading.Thread(target=compute, args=(engine, computed), name="engine", daemon=True)
@@ -138,6 +140,7 @@ class Session:
             return None
         stage = plan.stages[request.stage]
         state = self.points.find("round", plan.origin_generation, request.step, (stage.first_layer, stage.last_layer))
+        failpoint("worker.state.serve")
         return None if state is None else to_bytes(state.shared())
 
     def fault(self, generation: int, peer: str, text: str) -> None:
@@ -169,6 +172,7 @@ class Session:
         await leave.wait()
         self.say("leaving: finishing the step and handing over (Ctrl-C again to leave at once)")
         self.control.leave()
+        failpoint("worker.leaving")
 
 
 class Coordinator:
