@@ -36,6 +36,8 @@ PIECE_NBYTES = 256 * 1024
 COORDINATOR = "coordinator"
 BACKOFF_SECONDS = (0.5, 15.0)
 CLOSE_SECONDS = 2.0
+FETCH_TRIES = 60  # at a file of the run, before the worker gives up
+FETCH_PAUSE_SECONDS = 1.0
 STREAM_ERRORS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)  # what grpc raises when a call is over
 
 
@@ -289,7 +291,18 @@ class Control:
     # Files.
 
     async def fetch(self, name: str, target: Path) -> None:
-        """A file of the run by its SHA-256, into ``target``; goes on where an earlier try stopped."""
+        """A file of the run by its SHA-256, into ``target``; goes on where it stopped, on the next connection too."""
+        for left in reversed(range(FETCH_TRIES)):
+            try:
+                await self._fetch(name, target)
+                return
+            except UnreachableError as error:
+                if not left or self.ended.done():
+                    raise
+                log.warning("%s; trying again", error)
+            await asyncio.sleep(FETCH_PAUSE_SECONDS)
+
+    async def _fetch(self, name: str, target: Path) -> None:
         assert self._channel is not None
         part = target.with_suffix(".part")
         target.parent.mkdir(parents=True, exist_ok=True)
