@@ -45,7 +45,7 @@ from .store import Store, passing
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
-HANG_SECONDS = 5.0  # of one write: from here on its time counts for nobody
+HANG_SECONDS = 2.0  # of one write, or between two turns: from here on the time counts for nobody
 BATCH = 500
 MOST_WAITING_NBYTES = 256 * 1024  # of one worker's reports, before no more of them is read
 REPORT_NBYTES = 200  # that a report costs beside its own
@@ -92,6 +92,7 @@ class Hub:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Condition()
+        self._awake = time.time()  # when this process was last seen to run
 
     async def start(self) -> None:
         self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._ticks())]
@@ -197,6 +198,9 @@ class Hub:
             while not self._queue.empty() and len(batch) < BATCH:
                 batch.append(self._queue.get_nowait())
             now = time.time()
+            if abs(asleep := now - self._awake) > HANG_SECONDS:  # the machine slept, or its clock was set
+                log.warning("this process, or its clock, jumped by %.1f s: that counts for nobody", asleep)
+                self.state = shifted(self.state, asleep)
             try:
                 await self._take(batch, now)
             except StateError as error:
@@ -225,8 +229,9 @@ class Hub:
         if durable or heard.statements:
             await self.read(self.store.write, durable, now, heard.statements)
         changed = state.phase != self.state.phase or any(isinstance(what, Gone) for what, _, _ in batch)
-        waited = time.time() - now
-        self.state = state if waited < HANG_SECONDS else shifted(state, waited)  # a disk that hangs is nobody's fault
+        self._awake = time.time()
+        waited = self._awake - now
+        self.state = state if abs(waited) < HANG_SECONDS else shifted(state, waited)  # a disk that hangs is nobody's fault
         if self.standing:
             self._go_on(beats)
         await failpoint_async("coordinator.acks")
@@ -285,6 +290,7 @@ class Hub:
                 self._show(noted, line)
             await self._notify()
         await asyncio.sleep(self.standing.pause_seconds)
+        self._awake = time.time()
 
     def _go_on(self, beats: dict[bytes, Item]) -> None:
         """It is written: ``beats`` with it, newer ones follow."""

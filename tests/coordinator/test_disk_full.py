@@ -16,7 +16,7 @@ from simulated_disk import FailingDisk
 
 from potluck.coordinator import hub as shell
 from potluck.coordinator import service, standstill
-from potluck.coordinator.hub import Hub, Line
+from potluck.coordinator.hub import Hub, Item, Line
 from potluck.coordinator.state import Member, Said, Tick
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.config import (
@@ -173,6 +173,29 @@ async def test_time_without_a_disk_makes_nobody_silent(
     await finished(hub, a_crew(hub))
     kinds = [kind for (kind,) in await hub.read(disk(hub).rows, "SELECT kind FROM events ORDER BY id")]
     assert late[0] > 10000.0 and "RolledBack" not in kinds[: kinds.index("Finished")] and kinds.count("PlanIssued") == 1
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0], ids=["sleeps", "clock set back"])
+async def test_a_machine_that_sleeps_makes_nobody_silent(
+    jump: float, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, taken, real, get = [0.0], [0], time.time, hub._queue.get
+    monkeypatch.setattr(shell.time, "time", lambda: real() + late[0])
+
+    async def sleep() -> Item:
+        """While the hub waits for something to happen."""
+        item = await get()
+        taken[0] += 1
+        if taken[0] % 4 == 3:
+            late[0] += jump
+            hub.put(Tick())
+        return item
+
+    monkeypatch.setattr(hub._queue, "get", sleep)
+    await finished(hub, a_crew(hub))
+    kinds = [kind for (kind,) in await hub.read(disk(hub).rows, "SELECT kind FROM events ORDER BY id")]
+    assert abs(late[0]) > 10000.0 and "RolledBack" not in kinds[: kinds.index("Finished")]
+    assert kinds.count("PlanIssued") == 1
 
 
 async def test_a_stop_does_not_wait_for_the_disk_for_ever(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
