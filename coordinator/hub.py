@@ -231,7 +231,9 @@ class Hub:
         changed = state.phase != self.state.phase or any(isinstance(what, Gone) for what, _, _ in batch)
         self._awake = time.time()
         waited = self._awake - now
-        self.state = state if abs(waited) < HANG_SECONDS else shifted(state, waited)  # a disk that hangs is nobody's fault
+        self.state = (
+            state if abs(waited) < HANG_SECONDS else shifted(state, waited)
+        )  # a disk that hangs is nobody's fault
         if self.standing:
             self._go_on(beats)
         await failpoint_async("coordinator.acks")

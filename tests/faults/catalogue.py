@@ -186,21 +186,36 @@ def lines() -> Iterator[Scenario]:
         yield line(ONE, f"{name}-coordinator", "slow", 1.0, "on")
         yield line(ONE, f"{name}-coordinator", "late", 1.0, "on", ci=name == "ben")
         yield line(ONE, f"to-{name}", "cut", 0.5, "on", ci=name == "ben")
-        yield line(ONE, f"to-{name}", "cut", 4.0, "back", times=SHORT, ci=name == "anna")
+        yield line(ONE, f"to-{name}", "cut", 4.0, "back", times=SHORT)
         yield line(ONE, f"to-{name}", "hole", 1.0, "on", ci=name == "anna")
         yield line(ONE, f"to-{name}", "slow", 1.0, "on")
         yield line(ONE, f"to-{name}", "late", 1.0, "on")
     yield line(ONE, "coordinator", "stop", 1.0, "on")
     yield line(ONE, "coordinator", "stop", 3.5, "on", times=SHORT, ci=True)
     for name in ("dora", "carl"):
-        yield line(TWO, name, "stop", 3.5, "back", times=SHORT)
+        yield line(TWO, name, "stop", 3.5, "back", times=SHORT, steps=200)
         yield line(TWO, f"to-{name}", "cut", 0.5, "on", ci=name == "carl")
         yield line(TWO, f"to-{name}", "hole", 1.0, "on")
         yield line(TWO, f"to-{name}", "late", 1.0, "on")
 
 
+def redialling() -> Iterator[Scenario]:
+    cut = Trouble(where="anna-coordinator", mode="cut", seconds=0.2)
+    for do in ("error", "kill", "delay"):
+        action = Action(do=do, hit=2, seconds=0.4)  # type: ignore[arg-type]
+        fault = Fault(process="anna", point="worker.control.dial", action=action)
+        yield Scenario(layout=ONE, faults=(fault,), troubles=(cut,), expect="back", ci=do == "error")
+
+
+def proofs() -> list[Scenario]:
+    """Not faults of a run, but of the harness: what it must see."""
+    return [
+        Scenario(layout=TWO, sabotage=f"{name}:{what}") for name, what in (("dora", "gradient"), ("anna", "sample"))
+    ]
+
+
 def every() -> list[Scenario]:
     """All of them; no two have the same name."""
-    found = [*one_replica(), *coordinators(), *two_replicas(), *newcomers(), *lines()]
+    found = [*one_replica(), *coordinators(), *two_replicas(), *newcomers(), *lines(), *redialling()]
     assert len({s.name for s in found}) == len(found), "two scenarios are the same"
     return found

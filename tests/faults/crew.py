@@ -27,6 +27,7 @@ READY_SECONDS = 30.0
 RUN_SECONDS = 40.0
 END_SECONDS = 15.0  # for workers to hear of the end
 MOST_STARTS = 4  # of one process: more is a crash loop
+LEFT = "the coordinator does not answer; dialling again"
 SIGNALS = {"stop": signal.SIGSTOP, "kill": signal.SIGKILL, "interrupt": signal.SIGINT}
 
 
@@ -50,6 +51,7 @@ class Crew:
         self.processes: dict[str, Process] = {}
         self.starts: dict[str, int] = {}
         self.deaths: list[tuple[str, int]] = []
+        self.left_dialling: list[str] = []
         self._again: dict[str, float] = {}  # who is to be started again, and when
         self._wake: list[tuple[float, Process]] = []
         self._pending = list(scenario.troubles)
@@ -62,13 +64,19 @@ class Crew:
             self._begin()
             self._until(lambda: self.processes["coordinator"].code == 0, RUN_SECONDS, "the run is not finished")
             self._again.clear()
-            living = [p for n, p in self.processes.items() if n not in ("coordinator", "proxy")]
-            self._until(lambda: all(p.poll() is not None for p in living), END_SECONDS, "a worker stays")
+            self._until(self._alone, END_SECONDS, "a worker stays")
         finally:
             if self._commands >= 0:
                 os.close(self._commands)
             for process in self.processes.values():
                 process.end()
+
+    def _alone(self) -> bool:
+        """Whether every worker has ended, but for who was away when the others did: that one dials for ever."""
+        workers = {n: p for n, p in self.processes.items() if n not in ("coordinator", "proxy")}
+        away = {n for n in workers if n in self.cut_off and LEFT in workers[n].output}
+        self.left_dialling = sorted(n for n in away if workers[n].poll() is None)
+        return all(p.poll() is not None for n, p in workers.items() if n not in away)
 
     def _begin(self) -> None:
         if lines := self.scenario.lines:
@@ -104,7 +112,17 @@ class Crew:
             work = partial(roles.coordinator, self.folder, faults, self.scenario.times)
         else:
             dial, announce = self._addresses.get(f"{name}-coordinator", ""), self._addresses.get(f"to-{name}", "")
-            work = partial(roles.worker, self.folder, name, faults, self.scenario.times, dial=dial, announce=announce)
+            who, _, what = self.scenario.sabotage.partition(":")
+            work = partial(
+                roles.worker,
+                self.folder,
+                name,
+                faults,
+                self.scenario.times,
+                dial=dial,
+                announce=announce,
+                sabotage=what if who == name else "",
+            )
         self.processes[name] = spawn(name, self.folder / f"{name}.log", work)
 
     def _until(self, what: Callable[[], bool], seconds: float, failure: str) -> None:
@@ -151,6 +169,12 @@ class Crew:
     def struck(self) -> set[str]:
         """Who may end badly."""
         return {f.process for f in self.scenario.faults} | {t.where for t in self.scenario.troubles if t.is_signal}
+
+    @property
+    def cut_off(self) -> set[str]:
+        """Who may be away when the run ends."""
+        lines = {t.where.removesuffix("-coordinator") for t in self.scenario.troubles}
+        return lines | {f.process for f in self.scenario.faults}
 
     def _wake_stopped(self, now: float) -> None:
         """A process that stopped itself goes on after its time."""

@@ -215,6 +215,7 @@ def observed(kinds: list[str], crew: Crew) -> str:
     if (opened := kinds.count("RunOpened")) > 1:
         said.append(f"opened {opened}x")
     said += [f"{name} started {n}x" for name, n in crew.starts.items() if n > 1 and name != "coordinator"]
+    said += [f"{name} left dialling" for name in crew.left_dialling]
     return ", ".join(said) or "nothing"
 
 

@@ -87,10 +87,10 @@ def serve(folder: Path) -> None:
     from . import zygote
 
     zygote.prepare()
-    from .catalogue import every
+    from .catalogue import every, proofs
     from .judge import Place
 
-    scenarios, place = {s.name: s for s in every()}, Place(folder)
+    scenarios, place = {s.name: s for s in (*every(), *proofs())}, Place(folder)
     while text := sys.stdin.readline():
         result = place.run(scenarios[text.strip()])
         print(ANSWER + result.to_json(), flush=True)

@@ -87,7 +87,7 @@ def address_in(path: Path) -> str:
 
 def run(folder: Path, targets: dict[str, Path], commands: int) -> None:
     """Until the pipe ``commands`` ends. The lines' addresses are in ``proxy.addresses`` once all listen."""
-    with os.fdcommands as pipe:
+    with os.fdopen(commands, "rb", buffering=0) as pipe:
         asyncio.run(_run(folder, targets, pipe))
 
 

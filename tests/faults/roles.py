@@ -59,6 +59,7 @@ def worker(
     *,
     dial: str = "",
     announce: str = "",
+    sabotage: str = "",
 ) -> None:
     """``potluck worker join``. ``dial``: a proxy before the coordinator; ``announce``: one before this worker."""
     from datetime import timedelta
@@ -82,6 +83,8 @@ def worker(
             return [announce]
 
         Links.start = behind_a_proxy  # type: ignore[method-assign]
+    if sabotage:
+        spoil(sabotage)
     record(folder / f"{name}.record")
     arm(faults, fired(folder / f"{name}.fired"))
     ticket = json.loads((folder / "ready.json").read_text(encoding="utf-8"))["ticket"]
@@ -96,6 +99,26 @@ def worker(
         ).encode()
     options = ["--name", name, "--data-dir", str(folder / name), "--threads", "1", "--memory-gb", "4"]
     cli.main(["worker", "join", ticket, *options])
+
+
+def spoil(what: str) -> None:
+    """Training that is a little wrong, and that nobody in the run can see."""
+    from potluck.worker.data import Dataset
+    from potluck.worker.stage import Stage
+
+    update, batch = Stage.update, Dataset.batch
+
+    def other_gradient(self: Stage, targets: int) -> None:
+        self.grad.mul_(1.01)
+        update(self, targets)
+
+    def other_sample(self: Dataset, indices: range, seed: int) -> object:
+        return batch(self, [index + (index == 40) for index in indices], seed)
+
+    if what == "gradient":
+        Stage.update = other_gradient  # type: ignore[method-assign]
+    else:
+        Dataset.batch = other_sample  # type: ignore[assignment]
 
 
 def write(path: Path, text: str) -> None:

@@ -31,7 +31,7 @@ class Fault:
 
     def __str__(self) -> str:
         action = self.action
-        much = f" {action.seconds:g}s" if action.seconds else ""
+        much = f" {action.seconds:g}s" if action.do in ("delay", "stop") else ""
         return f"{self.process}:{self.point}:{action.do}{much}@{action.hit}"
 
 
@@ -89,15 +89,19 @@ class Scenario:
     times: Times = AS_IT_IS
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     restart: bool = True  # who dies is started again
+    sabotage: str = ""  # a worker that trains otherwise than it says, for a proof that it is found
     ci: bool = False
 
     @property
     def name(self) -> str:
-        return " ".join([self.layout.name, *map(str, (*self.faults, *self.troubles))]) or "calm"
+        lone = "" if self.restart else "for good"
+        words = [self.layout.name, *map(str, (*self.faults, *self.troubles)), lone, self.sabotage]
+        return " ".join(filter(None, words))
 
     @property
     def what(self) -> str:
-        return " and ".join(map(str, (*self.faults, *self.troubles))) or "none"
+        what = " and ".join(map(str, (*self.faults, *self.troubles))) or "none"
+        return what if self.restart else what + ", for good"
 
     @property
     def lines(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from .catalogue import every
+from .catalogue import every, proofs
 from .judge import Result
 from .pool import ROOT, Pool
 
@@ -38,6 +39,23 @@ def test_a_run_survives(scenario: str, results: Mapping[str, Future[Result]]) ->
     result = results[scenario].result()
     replay = f"python -m tests.faults --exactly '{scenario}'"
     assert not result.problems, "\n".join([*result.problems, f"again: {replay}", result.story])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("scenario", [s.name for s in proofs()])
+def test_the_oracle_finds_training_that_is_not_what_was_said(
+    scenario: str, results: Mapping[str, Future[Result]]
+) -> None:
+    problems = results[scenario].result().problems
+    assert any("has other weights after the round" in problem for problem in problems), problems
+    assert "the published model is not what the oracle comes to" in problems
+
+
+def test_every_failpoint_is_in_a_scenario() -> None:
+    paths = [path for name in ("coordinator", "worker") for path in (ROOT / name).glob("*.py")]
+    calls = re.compile(r'failpoint(?:_async)?\("([a-z._]+)"')
+    placed = {name for path in paths for name in calls.findall(path.read_text(encoding="utf-8"))}
+    assert placed == {fault.point for scenario in every() for fault in scenario.faults}
 
 
 @pytest.mark.timeout(200)
