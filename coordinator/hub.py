@@ -20,6 +20,7 @@ from typing import Any
 
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import StateError
+from ..protocol.failpoints import failpoint, failpoint_async
 from .board import Board
 from .resume import keep
 from .run import step, view_of
@@ -44,7 +45,7 @@ from .store import Store, passing
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
-HANG_SECONDS = 5.0  # of one write: from here on its time counts for nobody
+HANG_SECONDS = 2.0  # of one write, or between two turns: from here on the time counts for nobody
 BATCH = 500
 MOST_WAITING_NBYTES = 256 * 1024  # of one worker's reports, before no more of them is read
 REPORT_NBYTES = 200  # that a report costs beside its own
@@ -92,6 +93,7 @@ class Hub:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Condition()
+        self._awake = self.clock()  # when this process was last seen to run
 
     async def start(self) -> None:
         self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._ticks())]
@@ -197,6 +199,9 @@ class Hub:
             while not self._queue.empty() and len(batch) < BATCH:
                 batch.append(self._queue.get_nowait())
             now = self.clock()
+            if (asleep := now - self._awake) > HANG_SECONDS:  # a lid, a paused machine
+                log.warning("this process slept for %.1f s: that counts for nobody", asleep)
+                self.state = shifted(self.state, asleep)
             try:
                 await self._take(batch, now)
             except StateError as error:
@@ -209,6 +214,7 @@ class Hub:
 
     async def _take(self, batch: list[Item], now: float) -> None:
         """Everything that follows from a batch, if it can be written down; ``StateError`` and nothing of it if not."""
+        await failpoint_async("coordinator.batch.taken")
         state, beats = self.state, dict(self._beats)
         commands: list[Command] = []
         if self.standing:
@@ -225,10 +231,12 @@ class Hub:
             await self.read(self.store.write, durable, now, heard.statements)
         fewer = self.state.members.keys() - state.members.keys() or any(isinstance(what, Gone) for what, _, _ in batch)
         changed = state.phase != self.state.phase or fewer
-        waited = self.clock() - now
+        self._awake = self.clock()
+        waited = self._awake - now
         self.state = state if waited < HANG_SECONDS else shifted(state, waited)  # a disk that hangs is nobody's fault
         if self.standing:
             self._go_on(beats)
+        await failpoint_async("coordinator.acks")
         self._tell(batch, commands)
         self.board.update(self.state, [c for c in durable if isinstance(c, Journal | Point | Commit)], now, heard)
         if changed:
@@ -252,6 +260,7 @@ class Hub:
                 line.send(pb.Down(refuse=pb.Refuse(code=command.code, text=command.text, hint=command.hint)))
                 line.close()
         for line in self.lines.values():
+            failpoint("coordinator.view")
             self._show(self.state, line)
 
     def _show(self, state: RunState, line: Line) -> None:
@@ -283,6 +292,7 @@ class Hub:
                 self._show(noted, line)
             await self._notify()
         await asyncio.sleep(self.standing.pause_seconds)
+        self._awake = self.clock()
 
     def _go_on(self, beats: dict[bytes, Item]) -> None:
         """It is written: ``beats`` with it, newer ones follow."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..protocol.config import RunConfig
 from ..protocol.errors import StateError, WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.manifest import Manifest
 from ..protocol.plan import stage_parameters
 
@@ -176,6 +177,7 @@ class Publisher:
             shutil.copyfile(self.corpus / name, work / name)
         if target.exists():
             shutil.rmtree(target)
+        failpoint("coordinator.publish.rename")
         os.replace(work, target)
         return target
 

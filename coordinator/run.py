@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..protocol import control_pb2 as pb
+from ..protocol.failpoints import failpoint
 from . import events as ev
 from .losses import Losses, short_of_quorum
 from .planning import Start, Wait, choose, make_plan
@@ -228,6 +229,7 @@ class Machine(Losses):
         """Commits a round that everybody reported, if it counts. False if the generation ended over it."""
         plan, reports = self.state.plan, self.state.rounds_done[at]
         assert plan is not None
+        failpoint("coordinator.round.verdict")
         verdict = judge(plan, self.state.committed, at, reports)
         if verdict.wrong:
             names = tuple(sorted(self.state.members[p].name for p in verdict.wrong))
@@ -365,6 +367,7 @@ class Machine(Losses):
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
         # What is trained anew is evaluated and charted anew.
         self.set(evaluated=min(state.evaluated, mark.step), charted=min(state.charted, mark.step))
+        failpoint("coordinator.plan.issued")
         names = tuple(tuple(self.state.members[p].name for p in peers) for peers in start.seats)
         self.journal(ev.PlanIssued(generation=plan.generation, step=mark.step, origin=mark.kind, stages=names))
         self.enter("preparing", "workers take over their stages")

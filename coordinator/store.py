@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from ..protocol.errors import StateError
+from ..protocol.failpoints import failpoint
 from .state import Command, Commit, Journal, Keep, Lease, Mark, Point, Relet, Remember, ReturnLeases, Uncommit
 
 SCHEMA = """
@@ -170,7 +171,9 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._still_there()
+            failpoint("coordinator.store.commit")
             self._commit()
+            failpoint("coordinator.store.committed")
         except BaseException as error:
             with contextlib.suppress(sqlite3.Error):
                 self._undo()

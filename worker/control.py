@@ -18,6 +18,7 @@ import grpc
 from .. import __version__
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import RefusedError, StateError, UnreachableError, WireError
+from ..protocol.failpoints import failpoint, failpoint_async
 from ..protocol.frames import Purpose
 from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
 from ..protocol.identity import Identity
@@ -36,6 +37,8 @@ COORDINATOR = "coordinator"
 FIRST_SECONDS, SOON_SECONDS, MOST_SECONDS = 0.5, 3.0, 10.0  # between two dials: the first, of a minute, of many
 MINUTE_SECONDS = 60.0
 CLOSE_SECONDS = 2.0
+FETCH_TRIES = 60  # at a file of the run, before the worker gives up
+FETCH_PAUSE_SECONDS = 1.0
 STREAM_ERRORS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)  # what grpc raises when a call is over
 
 
@@ -175,6 +178,7 @@ class Control:
 
     async def _connect(self) -> None:
         """One connection, until it breaks."""
+        await failpoint_async("worker.control.dial", UnreachableError)
         channel = await dial_pinned(self.ticket.url, self.ticket.fingerprint)
         self.meter.record_connection(COORDINATOR, dialled=True)
         old, self._channel = self._channel, channel
@@ -215,6 +219,7 @@ class Control:
                     self._reports.acknowledged(message.ack.seq)
                     self._acked.set()
                 elif body == "view":
+                    await failpoint_async("worker.control.view", UnreachableError)
                     self.on_view(view_from(message.view))
             if not self.welcome.done():
                 raise UnreachableError(
@@ -294,7 +299,18 @@ class Control:
     # Files.
 
     async def fetch(self, name: str, target: Path) -> None:
-        """A file of the run by its SHA-256, into ``target``; goes on where an earlier try stopped."""
+        """A file of the run by its SHA-256, into ``target``; goes on where it stopped, on the next connection too."""
+        for left in reversed(range(FETCH_TRIES)):
+            try:
+                await self._fetch(name, target)
+                return
+            except UnreachableError as error:
+                if not left or self.ended.done():
+                    raise
+                log.warning("%s; trying again", error)
+            await asyncio.sleep(FETCH_PAUSE_SECONDS)
+
+    async def _fetch(self, name: str, target: Path) -> None:
         assert self._channel is not None
         part = target.with_suffix(".part")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -312,6 +328,7 @@ class Control:
             with part.open("ab") as file:
                 async for piece in method(pb.BlobRequest(token=self._token, name=name, offset=size)):
                     self.meter.record(COORDINATOR, "in", Purpose.DATA, len(piece.data))
+                    failpoint("worker.corpus.piece")
                     file.write(piece.data)
                     digest.update(piece.data)
         except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
@@ -348,6 +365,7 @@ class Control:
             response_deserializer=pb.UploadResult.FromString,
         )
         try:
+            await failpoint_async("worker.upload", UnreachableError)
             result = await method(pieces())
         except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
             raise UnreachableError(f"the upload broke ({reason(error)})") from None

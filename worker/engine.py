@@ -14,6 +14,7 @@ import safetensors.torch
 
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import DivergedError, PotluckError, StateError, WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.plan import Plan, SavePoint
 from ..protocol.schedule import fragments, is_applied, is_round
 from . import plan as rules
@@ -142,12 +143,14 @@ class Engine:
         number, replica = plan.places[peer]
         layers = (plan.stages[number].first_layer, plan.stages[number].last_layer)
         try:
+            failpoint("worker.seat.fetch")
             state = self._origin(plan, number, layers)
         except MissingError as error:
             log.warning("%s", error)
             self.local = replace(self.local, generation=plan.generation, seated=False)
             self.hq.report(fault=pb.Fault(generation=plan.generation, text=str(error), peer=error.holder))
             return
+        failpoint("worker.seat.fetched")
         if self.stage is None or (self.stage.first, self.stage.last) != layers:
             self.stage = self._build(layers)
         if state is None:
@@ -172,6 +175,7 @@ class Engine:
             step=plan.first_step,
             round=plan.first_step if plan.origin != "step" else 0,
         )
+        failpoint("worker.seat.taken")
         self.hq.report(ready=pb.Ready(generation=plan.generation, digest=digest(self.stage.g)))
         self.hq.state = "training"
 
@@ -266,6 +270,7 @@ class Engine:
         last = done == run.steps
         which = fragments(self.sync_rule, run.seed, done - 1, last)
         capture = self._synchronizer.capture(self.stage, done, self._since, which, full=last)
+        failpoint("worker.round.captured")
         self._in_capture, self._since, self._captured = self._since, 0, done
         self.local = replace(self.local, round=done)
         generation, synchronizer = self.local.generation, self._synchronizer
@@ -273,6 +278,7 @@ class Engine:
         def exchange() -> Outcome:
             outcome = synchronizer.exchange(capture)
             self.points.keep(outcome.state)
+            failpoint("worker.round.done")
             self.hq.report(
                 round_done=pb.RoundDone(
                     generation=generation,
@@ -309,6 +315,7 @@ class Engine:
         if not self._is_committed(self._captured):
             return False
         self._pending = None
+        failpoint("worker.round.apply")
         apply(self.stage, outcome, late=late)
         return True
 
@@ -409,6 +416,7 @@ class Engine:
         if state is None:
             raise WireError(f"the round of step {step} is not here any more")
         tensors = {name: t.contiguous() for name, t in self.stage.named(state.g).items()}
+        failpoint("worker.publish")
         data = safetensors.torch.save(tensors, {"format": "pt"})
         try:
             self.hq.publish(step, self._seat.stage, data)
@@ -419,6 +427,7 @@ class Engine:
         self.local = replace(self.local, published=step)
 
     def _leave(self, view: View) -> None:
+        failpoint("worker.leave")
         self.hq.state = "leaving"
         self._drop_pending()
         if view.phase != "finished":

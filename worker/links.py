@@ -14,6 +14,7 @@ from typing import Protocol
 
 from ..protocol.channel import Channel
 from ..protocol.errors import PotluckError, UnreachableError, WireError
+from ..protocol.failpoints import failpoint_async
 from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame
 from ..protocol.plan import Plan, Replica
 from ..protocol.transport import Transport
@@ -136,6 +137,7 @@ class Links:
                     if channel is None:
                         channel = await self._dial(peer)
                         ended = asyncio.create_task(channel.recv())  # nobody answers here: it ends with the channel
+                    await failpoint_async("worker.link.send", UnreachableError)
                     await channel.send(frame)
         except asyncio.CancelledError:
             raise
@@ -174,6 +176,7 @@ class Links:
         try:
             while True:
                 frame = await channel.recv()
+                await failpoint_async("worker.link.receive", WireError)
                 header = frame.header
                 if header.kind == Kind.STATE_REQUEST:
                     await self._serve(channel.peer_id, header)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..protocol.errors import WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.frames import Frame, Kind
 from ..protocol.plan import Plan
 from .boundary import EVAL, TRAIN, Boundary
@@ -157,7 +158,9 @@ class Pipeline:
         while self._to_backward:
             self._advance()
         self._inherited.clear()
+        failpoint("worker.update", torch.OutOfMemoryError)
         self.stage.update(result.targets)
+        failpoint("worker.updated")
         result.wait_seconds, result.seconds = self._waited, time.perf_counter() - started
         return result
 
@@ -191,6 +194,7 @@ class Pipeline:
         return Address(plan.generation, kind, lane.step, TRAIN, lane.m, plan.peer_of(stage, lane.m))
 
     def _forward(self, lane: Lane, frame: Frame | None = None) -> None:
+        failpoint("worker.forward", torch.OutOfMemoryError)
         if frame is None:
             assert self.data is not None, "the first stage needs the corpus"
             source, targets = self.data.batch(self.seat.plan.samples(*lane), self.config.seed)
@@ -217,6 +221,7 @@ class Pipeline:
             self._backward(lane, None)
         else:
             self._send_forward(lane, output.detach())
+            failpoint("worker.activation.sent")
 
     def _count(self, lane: Lane, targets: int, loss: float) -> None:
         result = self._result
@@ -227,6 +232,7 @@ class Pipeline:
             result.loss_targets += targets
 
     def _backward(self, lane: Lane, frame: Frame | None) -> None:
+        failpoint("worker.backward", torch.OutOfMemoryError)
         flight = self._flights[lane]
         if frame is None:
             assert flight.output is not None
@@ -240,6 +246,7 @@ class Pipeline:
         if not self.seat.is_first:
             assert flight.source.grad is not None
             self._send(self.seat.stage - 1, self.boundary.gradient(*lane, flight.source.grad))
+            failpoint("worker.gradient.sent")
 
     def _send_forward(self, lane: Lane, hidden: Tensor) -> None:
         frame, has_delta = self.boundary.activation(lane.step, TRAIN, lane.m, hidden, self._flights[lane].targets)
@@ -313,6 +320,7 @@ class Pipeline:
     def evaluate(self, position: int) -> StepResult | None:
         """Held-out loss of the reference weights ``g``, forward only, through the same codecs; None if it was cut off
         because somebody is lost."""
+        failpoint("worker.evaluate", torch.OutOfMemoryError)
         started, self._waited = time.perf_counter(), 0.0
         result, stage, size = StepResult(), self.stage, self.config.pipeline.microbatch_size
         training = stage.x.clone()

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import logging
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -18,7 +17,8 @@ import torch
 
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
-from ..protocol.errors import CapacityError, PotluckError, RefusedError, StateError, UnreachableError
+from ..protocol.errors import CapacityError, PotluckError, RefusedError, StateError
+from ..protocol.failpoints import failpoint
 from ..protocol.frames import Header, Purpose
 from ..protocol.grpc_transport import GrpcTransport
 from ..protocol.identity import Identity
@@ -44,7 +44,6 @@ from .warm import warm
 log = logging.getLogger(__name__)
 GIVE_UP = timedelta(seconds=10)  # a path to a peer that stays broken for so long is a fault
 JOIN_SECONDS = 30.0  # for the computing thread to end
-CORPUS_TRIES, CORPUS_PAUSE_SECONDS = 60, 1.0  # while the coordinator does not answer
 
 
 class Session:
@@ -76,6 +75,7 @@ class Session:
             addresses = await self.links.start(transport)
             self.control.start(self.config.offer(addresses))
             welcome = await self.control.welcome
+            failpoint("worker.joined")
             engine = self.engine(welcome)
             await asyncio.to_thread(warm, engine.config.run)
             thread = threading.Thread(target=compute, args=(engine, computed), name="engine", daemon=True)
@@ -123,7 +123,7 @@ class Session:
             peer=self.identity.peer_id,
             device=self.config.device,
         )
-        coordinator = Coordinator(self.control, self.views, self.folder / "corpus", manifest)
+        coordinator = Coordinator(self.control, self.folder / "corpus", manifest)
         return Engine(config, self.views, self.links, self.mailbox, self.points, coordinator)
 
     # What the network calls.
@@ -140,6 +140,7 @@ class Session:
             return None
         stage = plan.stages[request.stage]
         state = self.points.find("round", plan.origin_generation, request.step, (stage.first_layer, stage.last_layer))
+        failpoint("worker.state.serve")
         return None if state is None else to_bytes(state.shared())
 
     def fault(self, generation: int, peer: str, text: str) -> None:
@@ -173,13 +174,14 @@ class Session:
         await leave.wait()
         self.say("leaving: finishing the step and handing over (Ctrl-C again to leave at once)")
         self.control.leave()
+        failpoint("worker.leaving")
 
 
 class Coordinator:
     """The control stream, as the computing thread sees it: calls that block until the loop has done them."""
 
-    def __init__(self, control: Control, views: Views, folder: Path, manifest: Manifest) -> None:
-        self._control, self._views, self._folder, self._manifest = control, views, folder, manifest
+    def __init__(self, control: Control, folder: Path, manifest: Manifest) -> None:
+        self._control, self._folder, self._manifest = control, folder, manifest
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -198,17 +200,9 @@ class Coordinator:
 
     def corpus(self) -> Path:
         tokens = self._folder / TOKENS_FILE
-        tries = 0
-        while not tokens.exists():
+        if not tokens.exists():
             fetched = self._control.fetch(self._manifest.tokens_sha256, tokens)
-            try:
-                asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
-            except UnreachableError as error:
-                tries += 1
-                if tries == CORPUS_TRIES or self._views.closed:
-                    raise
-                log.warning("%s", error)
-                time.sleep(CORPUS_PAUSE_SECONDS)
+            asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
         try:
             (self._folder / MANIFEST_FILE).write_bytes(self._manifest.encode())
         except OSError as error:

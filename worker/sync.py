@@ -27,6 +27,7 @@ from ..compression.mean import MAX_WEIGHT, weighted_mean
 from ..compression.sync import Encoded, Sparse, SyncCodec
 from ..protocol.config import RunConfig
 from ..protocol.errors import DivergedError, WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.frames import Frame, Kind, TensorSpec, make_frame
 from ..protocol.plan import SavePoint
 from ..protocol.schedule import draw, turn
@@ -163,6 +164,7 @@ class Synchronizer:
                     yield piece, residual, torch.zeros_like(residual), 0
                     continue
                 going.append((piece, residual, *self._scatter(piece, residual, capture)))
+                failpoint("worker.round.shard_sent")
             if going and (piece is None or len(going) > 1):
                 first, residual, own, nbytes = going.pop(0)
                 mean, more = self._gather(first, own, capture)
@@ -192,6 +194,7 @@ class Synchronizer:
             if i != replica:
                 frame = self._take(Kind.SHARD, step, piece, i)
                 received.append((self._decoded(codec, frame, mine.count), self._weight(frame, i, step)))
+        failpoint("worker.round.shards_taken")
         feedback = self.feedback[piece.number]
         owed = feedback.compensated(mine, weighted_mean(received, mine.count))
         decided = self._encoded(codec, owed)
@@ -199,6 +202,7 @@ class Synchronizer:
         for i in range(len(self.peers)):
             if i != replica:
                 nbytes += self._post(i, Kind.MEAN, piece, mine.n, decided.payload, capture)
+        failpoint("worker.round.mean_sent")
         mean = torch.zeros(piece.end - piece.start)
         for j, (start, end) in enumerate(piece.shards):
             mask, sent = self._mask(piece, j, capture), decided.sent

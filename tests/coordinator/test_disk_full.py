@@ -14,7 +14,7 @@ from scripted_hub import CONFIG, Hand, a_hub, disk, finished
 
 from potluck.coordinator import hub as shell
 from potluck.coordinator import service, standstill
-from potluck.coordinator.hub import Hub, Line
+from potluck.coordinator.hub import Hub, Item, Line
 from potluck.coordinator.state import Member, Said, Tick
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.errors import StateError
@@ -148,6 +148,27 @@ async def test_time_without_a_disk_makes_nobody_silent(
     await finished(hub, a_crew(hub))
     kinds = [kind for (kind,) in await hub.read(disk(hub).rows, "SELECT kind FROM events ORDER BY id")]
     assert late[0] > 10000.0 and "RolledBack" not in kinds[: kinds.index("Finished")] and kinds.count("PlanIssued") == 1
+
+
+async def test_a_machine_that_sleeps_makes_nobody_silent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    late, taken, get = [0.0], [0], hub._queue.get
+    real = hub.clock
+    monkeypatch.setattr(hub, "clock", lambda: real() + late[0])
+
+    async def sleep() -> Item:
+        """While the hub waits for something to happen."""
+        item = await get()
+        taken[0] += 1
+        if taken[0] % 4 == 3:
+            late[0] += 3600.0
+            hub.put(Tick())
+        return item
+
+    monkeypatch.setattr(hub._queue, "get", sleep)
+    await finished(hub, a_crew(hub))
+    kinds = [kind for (kind,) in await hub.read(disk(hub).rows, "SELECT kind FROM events ORDER BY id")]
+    assert late[0] > 10000.0 and "RolledBack" not in kinds[: kinds.index("Finished")]
+    assert kinds.count("PlanIssued") == 1
 
 
 async def test_a_stop_does_not_wait_for_the_disk_for_ever(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
