@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LEAST_SECONDS = 10.0  # of patience: a home machine is busy with something else now and then
 LEARNED = 5  # steps before anything is concluded
@@ -24,15 +24,12 @@ class Pace:
         if step == self.step:
             return self
         if not learn or step < self.step:
-            return Pace(step=step, since=now, **self.learned())
+            return replace(self, step=step, since=now)
         took = (now - self.since) / (step - self.step)
         mean = took if not self.count else self.mean_seconds + (took - self.mean_seconds) / 8
         deviation = took / 2 if not self.count else self.deviation_seconds
         deviation += (abs(took - mean) - deviation) / 4
         return Pace(step=step, since=now, mean_seconds=mean, deviation_seconds=deviation, count=self.count + 1)
-
-    def learned(self) -> dict[str, float | int]:
-        return {"mean_seconds": self.mean_seconds, "deviation_seconds": self.deviation_seconds, "count": self.count}
 
     def grace_seconds(self, lease_seconds: float) -> float:
         """How long nothing may move, the lease at the longest."""
