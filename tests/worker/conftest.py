@@ -14,15 +14,16 @@ import torch
 from potluck.coordinator import corpus, events, run, service, state
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.config import RunConfig
-from potluck.protocol.frames import Frame, Kind
+from potluck.protocol.frames import Frame
 from potluck.protocol.manifest import Manifest
 from potluck.protocol.plan import Plan
-from potluck.worker.checkpoint import SavePoints, to_bytes
+from potluck.worker.checkpoint import SavePoints
 from potluck.worker.control import view_from
 from potluck.worker.engine import Engine
-from potluck.worker.links import Links, state_frames
+from potluck.worker.links import STATES, Links
 from potluck.worker.mailbox import Address, Mailbox
 from potluck.worker.outside import EngineConfig, Views
+from potluck.worker.states import States
 
 RUN_NAME = b"testrun1"
 WORDS = [
@@ -55,11 +56,11 @@ class MemoryLinks(Links):
     def post(self, peer: str, frame: Frame) -> None:
         header = frame.header
         self.local.on_post(self.peer, frame)
-        if self.plan is None or header.generation != self.plan.generation:
+        if header.kind in STATES:
+            if peer in self.local.workers:
+                self.local.workers[peer].states.put(self.peer, frame)
             return
-        if header.kind == Kind.STATE_REQUEST:
-            for answer in state_frames(header, self.local.workers[peer].provide(header.generation, header.stage)):
-                self.local.workers[peer].links.post(self.peer, answer)
+        if self.plan is None or header.generation != self.plan.generation:
             return
         address = Address(header.generation, header.kind, header.step, header.part, header.microbatch, self.peer)
         if peer in self.local.workers:
@@ -77,8 +78,9 @@ class LocalWorker:
         self.state = "loading"
         self.mailbox, self.views, self.points = Mailbox(), Views(), SavePoints(folder)
         self.links = MemoryLinks(peer, local, self.mailbox)
+        self.states = States(RUN_NAME, self.points, lambda stage: local.rules.layers[stage], self.links.post, 0.0)
         config = EngineConfig(run=local.config, manifest=local.manifest, run_name=RUN_NAME, peer=peer)
-        self.engine = Engine(config, self.views, self.links, self.mailbox, self.points, self)
+        self.engine = Engine(config, self.views, self.links, self.mailbox, self.states, self)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name=peer)
 
@@ -102,13 +104,6 @@ class LocalWorker:
         self.local.published.setdefault(step, {})[stage] = data
         if len(self.local.published[step]) == len(self.local.rules.layers):
             self.local.put(state.Uploaded(step=step, path="memory"))
-
-    def provide(self, generation: int, stage: int) -> bytes:
-        plan = self.links.plan
-        assert plan is not None
-        layers = (plan.stages[stage].first_layer, plan.stages[stage].last_layer)
-        found = self.points.find("round", plan.origin_generation, plan.first_step, layers)
-        return b"" if found is None else to_bytes(found.shared())
 
 
 class LocalRun:
@@ -183,6 +178,7 @@ class LocalRun:
             worker.views.close()
             worker.mailbox.close()
             worker.thread.join(10.0)
+            worker.states.close()
             assert not worker.thread.is_alive()
 
     # What came of it.
