@@ -57,11 +57,13 @@ def choose(rules: Rules, state: RunState, now: float) -> Start | Wait:
 
 def seated(rules: Rules, state: RunState, mark: Mark, held: list[list[str]]) -> Start | Wait:
     """Peers assigned to the stages, at home with what they hold."""
+    wanted = [mark.savepoint(i, layers) for i, layers in enumerate(rules.layers)]
     offers = {
         peer: Offer(
             speed=member.speed,
             memory_gb=member.memory_gb,
-            home=next((i for i, peers in enumerate(held) if peer in peers), None),
+            home=next((i for i, point in enumerate(wanted) if point in member.savepoints), None),
+            keeps=frozenset(i for i, peers in enumerate(held) if peer in peers),
         )
         for peer, member in state.members.items()
         if not member.leaving
@@ -89,11 +91,12 @@ def holds_stop(rules: Rules, state: RunState, mark: Mark) -> bool:
 
 
 def holders(rules: Rules, state: RunState, mark: Mark) -> list[list[str]]:
-    """Of each stage, the peers (leaving ones too) that hold its state at a committed round."""
+    """Of each stage, the peers (leaving ones too) that hold its state at a committed round; if none, its keepers."""
     found = []
     for i, layers in enumerate(rules.layers):
-        wanted = mark.savepoint(i, layers)
-        found.append([p for p, m in sorted(state.members.items()) if wanted in m.savepoints])
+        wanted, members = mark.savepoint(i, layers), sorted(state.members.items())
+        trained = [p for p, m in members if wanted in m.savepoints]
+        found.append(trained or [p for p, m in members if wanted in m.held])
     return found
 
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..protocol import control_pb2 as pb
+from ..protocol.keepers import all_keepers
 from . import events as ev
 from .planning import Start, Wait, choose, make_plan
 from .state import (
@@ -44,6 +45,7 @@ from .turn import TRANSFER_LEASES, Turn, released
 from .verdict import judge
 
 KEPT_MARKS = 50
+TOLD_MARKS = 4
 
 
 def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunState, list[Command]]:
@@ -82,7 +84,19 @@ def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
         publish=state.publish or 0,
         publishing=state.publish is not None,
         released=released(state, peer),
+        keep=[
+            pb.Keep(stage=stage, rounds=[m.savepoint(stage, rules.layers[stage]).to_proto() for m in newest(state)])
+            for stage in state.keeping.get(peer, ())
+        ],
     )
+
+
+def newest(state: RunState) -> list[Mark]:
+    """The last committed rounds, newest first: a keeper that hears only now and then misses none of them."""
+    marks = [state.committed, *state.marks][:TOLD_MARKS]
+    if len(marks) < TOLD_MARKS and marks[-1].step:
+        marks.append(Mark(kind="init", generation=0, step=0, sample=0))
+    return marks
 
 
 class Machine(Turn):
@@ -354,6 +368,8 @@ class Machine(Turn):
         for member in list(self.state.members.values()):
             self.member(replace(member, step=mark.step, ready=0))
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
+        keepers = all_keepers(plan, self.rules.keepers)
+        self.set(keeping={p: tuple(i for i, who in enumerate(keepers) if p in who) for p in plan.peers})
         self.set(evaluated=min(state.evaluated, mark.step))  # what is trained anew is evaluated anew
         names = tuple(tuple(self.state.members[p].name for p in peers) for peers in start.seats)
         self.journal(ev.PlanIssued(generation=plan.generation, step=mark.step, origin=mark.kind, stages=names))

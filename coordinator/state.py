@@ -35,6 +35,7 @@ class Rules:
     settle_seconds: float = 1.0  # after the last join, before a plan is made for it
     lease_ahead: int = 2  # steps granted beyond the slowest peer
     silence_seconds: float = 20.0  # without a word, before a peer counts as lost
+    keepers: int = 0  # peers that keep a redo log of each stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Member:
     addresses: tuple[str, ...] = ()
     session: bytes = b""
     savepoints: frozenset[SavePoint] = frozenset()
+    held: frozenset[SavePoint] = frozenset()  # of others' stages, as their keeper: without the optimizer's moments
     joined: float = 0.0
     last_seen: float = 0.0
     leaving: bool = False
@@ -114,6 +116,7 @@ class RunState:
     losses: Mapping[int, Mapping[str, pb.StepDone]] = field(default_factory=dict)
     rounds_done: Mapping[int, Mapping[str, pb.RoundDone]] = field(default_factory=dict)
     evals: Mapping[int, Mapping[str, pb.EvalDone]] = field(default_factory=dict)
+    keeping: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # peer -> others' stages, by the newest plan
 
 
 # What can happen.

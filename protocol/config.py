@@ -241,7 +241,7 @@ class CheckpointConfig(Section, frozen=True, kw_only=True):
     save_rounds: Count = 10
     publish_rounds: Count = 50
     # Peers of other stages that can do a stage's rounds again if all its replicas are lost; 0: none.
-    keepers: Annotated[int, Meta(ge=0, le=16)] = 0
+    keepers: Annotated[int, Meta(ge=0, le=16)] = 2
 
 
 class CoordinatorConfig(Section, frozen=True, kw_only=True):

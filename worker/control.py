@@ -50,6 +50,7 @@ def view_from(message: pb.View) -> View:
         committed=message.committed,
         publish=message.publish if message.publishing else None,
         released=message.released,
+        kept=tuple((k.stage, tuple(SavePoint.from_proto(p) for p in k.rounds)) for k in message.keep),
     )
 
 

@@ -2,8 +2,8 @@
 
 Each side dials those it sends to, so nobody has to agree on who dials. A channel keeps its order, so rounds and
 states have one of their own each beside that of the boundary tensors: a long transfer never holds up a microbatch, nor
-a state a round. States go when nothing else waits to be sent, belong to no generation, and nobody faults anybody for
-them: who fetches one asks elsewhere.
+a state a round. States, and what goes to keepers, go when nothing else waits to be sent, belong to no generation, and
+nobody faults anybody for them: who misses something asks elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .squeeze import SUFFIX
 log = logging.getLogger(__name__)
 BOUNDARY = (Kind.ACTIVATION, Kind.GRADIENT, Kind.MISS)
 ADMISSION_SECONDS = 30.0  # for a peer to hear of the plan that we already know
-STATES = (Kind.STATE_REQUEST, Kind.STATE)
+STATES = (Kind.STATE_REQUEST, Kind.STATE, Kind.REDO)
 GIVE_WAY_SECONDS = 1.0  # that a piece of a state waits at most while training has something to send
 OnState = Callable[[str, Frame], None]
 
@@ -243,7 +243,7 @@ def frame_check(
                 raise WireError(f"a piece of a state of {tensor.nbytes} bytes")
             return
         codec = tensor.codec.removesuffix(SUFFIX)
-        longest = weights_nbytes(n) if codec == WEIGHTS else 4 * n if codec in LONE and header.kind == Kind.MEAN else 0
+        longest = weights_nbytes(n) if codec == WEIGHTS else 4 * n if codec in LONE and header.kind == Kind.REDO else 0
         if n > most or tensor.nbytes > longest:
             raise WireError(f"a round's piece for {n} weights in {tensor.nbytes} bytes")
 

@@ -25,7 +25,7 @@ def origin(states: States, plan: Plan, peer: str, size: int, stopped: Callable[[
     layers = stage.first_layer, stage.last_layer
     donors = [d.peer for d in stage.donors]
     if peer in donors:
-        state = states.points.find(kind, generation, step, layers)
+        state = states.find(kind, generation, step, layers)
         if state is None:
             raise MissingError(f"our own state of step {step} is damaged or gone", peer)
         return state

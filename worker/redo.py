@@ -253,14 +253,12 @@ class Kept:
         self.points = [state.point]
 
     def append(self, entry: Entry) -> bool:
-        """A committed round; False if it does not follow on the last one: then a new base is needed."""
+        """A committed round; False if it does not lead on from the last one: then a new base is needed."""
         if not entry.digest or not self.follows(entry):
             return False
         self.log.append(entry)
         self._note(entry)
-        if self.log.nbytes > 4 * self.size:
-            self.fold()
-        return True
+        return self.log.nbytes <= 4 * self.size or self.fold()
 
     def rebuild(self, point: SavePoint) -> State | None:
         """The state of a point, without moments; None if it is not here, or something is damaged."""
@@ -280,12 +278,17 @@ class Kept:
             return None
         return State(point=point, g=g, m=None, v=None, updates=0, momentum=momentum)
 
-    def fold(self) -> None:
-        """The newest round becomes the base; a crash in between leaves entries that the new base already has."""
+    def fold(self) -> bool:
+        """The newest round becomes the base; a crash in between leaves entries that the new base already has.
+
+        False, and everything is let go, if the rounds cannot be done again: somebody sent what it did not decide.
+        """
         state = self.rebuild(self.points[-1])
         if state is None:
-            raise StateError(f"{self.folder}: its rounds cannot be done again", hint="Delete it; it is fetched anew.")
+            self.drop()
+            return False
         self.begin(state)
+        return True
 
     def drop(self) -> None:
         """Lets go of everything."""

@@ -33,6 +33,7 @@ from .boundary import boundary_check
 from .checkpoint import SavePoints
 from .control import Control
 from .engine import Engine
+from .keeper import Keeper
 from .links import Links, frame_check
 from .mailbox import Mailbox
 from .offer import Say, WorkerConfig
@@ -126,6 +127,10 @@ class Session:
             peer=self.identity.peer_id,
             device=self.config.device,
         )
+        if run.checkpoint.keepers:
+            sizes = [stage_parameters(a, b, run.model.layers, **shape) for a, b in self._layers]
+            keeper = Keeper(run, self._layers, sizes, self.folder, self.control.report)
+            self.states.keep(keeper, manifest.vocab_size)
         coordinator = Coordinator(self.control, self.folder / "corpus", manifest)
         return Engine(config, self.views, self.links, self.mailbox, self.states, coordinator)
 
@@ -153,6 +158,7 @@ class Session:
             self.links.follow(view.plan)
         elif view.plan is None:
             self.mailbox.fence(self._generation + 1)
+        self.states.follow(view)
         self.views.put(view)
         line = self.wording(view)
         if line and line != self._told:

@@ -1,4 +1,4 @@
-"""A worker's dealings in states: what it serves, what it fetches, both under the owner's limit."""
+"""A worker's dealings in states: what it serves, fetches (both under the owner's limit) and keeps of others' stages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from ..protocol.frames import Frame, Kind
 from .checkpoint import SavePoints
 from .donor import Donor
 from .inventory import StateName
+from .keeper import Keeper
+from .plan import View
 from .redo import Recent
 from .stage import State
 from .throttle import Bucket
@@ -23,6 +25,7 @@ class States:
         self, run: bytes, points: SavePoints, layers: Layers, post: Callable[[str, Frame], None], mbps: float
     ) -> None:
         self.points, self.layers, self.recent = points, layers, Recent()
+        self.keeper: Keeper | None = None
         self._received = Bucket(mbps)
         self._donor = Donor(run, self._find, self.recent.after, post, Bucket(mbps))
         self._desk = Desk(run, post)
@@ -31,21 +34,44 @@ class States:
         """A frame about states came in; ``WireError`` for what nobody asked for."""
         if frame.header.kind == Kind.STATE_REQUEST:
             self._donor.ask(peer, frame.header)
+        elif frame.header.kind == Kind.REDO:
+            if self.keeper is not None:
+                self.keeper.put(peer, frame)
         else:
             self._desk.put(peer, frame)
 
     def fetch(self, wanted: Wanted, donors: Sequence[str], stopped: Callable[[], bool]) -> State:
         """See :class:`.transfer.Fetch`; blocks."""
         name = wanted.name
-        folder = self.points.folder / f"fetch-{name.generation}-{name.step}-{name.stage}"
+        folder = (
+            self.points.folder / f"fetch-{name.generation}-{name.step}-{name.stage}{'' if wanted.moments else '-kept'}"
+        )
         return Fetch(wanted, donors, self._desk, folder, self._received, stopped).run()
 
+    def keep(self, keeper: Keeper, vocab_size: int) -> None:
+        """Keeps others' stages from now on."""
+        self.keeper = keeper
+        keeper.start(self.fetch, vocab_size)
+        keeper.tell()
+
+    def follow(self, view: View) -> None:
+        if self.keeper is not None:
+            self.keeper.follow(view)
+
+    def find(self, kind: str, generation: int, step: int, layers: tuple[int, int]) -> State | None:
+        """A state of our own, or one that we keep; None if it is not here or damaged."""
+        state = self.points.find(kind, generation, step, layers)
+        if state is None and kind == "round" and self.keeper is not None:
+            state = self.keeper.find(generation, step, layers)
+        return state
+
     def close(self) -> None:
+        if self.keeper is not None:
+            self.keeper.close()
         self._donor.close()
 
     def _find(self, name: StateName) -> State | None:
         try:
-            layers = self.layers(name.stage)
+            return self.find("round", name.generation, name.step, self.layers(name.stage))
         except IndexError:
             return None
-        return self.points.find("round", name.generation, name.step, layers)

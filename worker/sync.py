@@ -220,9 +220,10 @@ class Synchronizer:
         encoded = self._encoded(codec, owed)
         feedback.keep(mine, owed, encoded.sent)
         payload = self._squeezed(WEIGHTS, encoded.payload)
-        for peer in (*self.peers, *self.keepers):
-            if peer != self.peers[replica]:
-                nbytes += self._post(peer, Kind.MEAN, piece, mine.n, payload, capture)
+        for kind, peers in ((Kind.MEAN, self.peers), (Kind.REDO, self.keepers)):
+            for peer in peers:
+                if peer != self.peers[replica]:
+                    nbytes += self._post(peer, kind, piece, mine.n, payload, capture)
         decided = []
         for j in range(len(self.peers)):
             if j == replica:
@@ -239,7 +240,7 @@ class Synchronizer:
         payload = self._squeezed(FLIPPED if exact else ALONE, data)
         payloads.append(payload)
         length = piece.end - piece.start
-        return sum(self._post(peer, Kind.MEAN, piece, length, payload, capture) for peer in self.keepers)
+        return sum(self._post(peer, Kind.REDO, piece, length, payload, capture) for peer in self.keepers)
 
     def _weight(self, frame: Frame, i: int, step: int) -> int:
         """The samples that replica ``i`` says it has trained on since the last round: the plan knows better."""

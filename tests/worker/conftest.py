@@ -16,10 +16,11 @@ from potluck.protocol import control_pb2 as pb
 from potluck.protocol.config import RunConfig
 from potluck.protocol.frames import Frame
 from potluck.protocol.manifest import Manifest
-from potluck.protocol.plan import Plan
+from potluck.protocol.plan import Plan, stage_parameters
 from potluck.worker.checkpoint import SavePoints
 from potluck.worker.control import view_from
 from potluck.worker.engine import Engine
+from potluck.worker.keeper import Keeper
 from potluck.worker.links import STATES, Links
 from potluck.worker.mailbox import Address, Mailbox
 from potluck.worker.outside import EngineConfig, Views
@@ -79,6 +80,10 @@ class LocalWorker:
         self.mailbox, self.views, self.points = Mailbox(), Views(), SavePoints(folder)
         self.links = MemoryLinks(peer, local, self.mailbox)
         self.states = States(RUN_NAME, self.points, lambda stage: local.rules.layers[stage], self.links.post, 0.0)
+        if local.config.checkpoint.keepers:
+            sizes = [stage_parameters(a, b, 4, d_model=32, vocab_size=300) for a, b in local.rules.layers]
+            keeper = Keeper(local.config, local.rules.layers, sizes, folder, self.report)
+            self.states.keep(keeper, 300)
         config = EngineConfig(run=local.config, manifest=local.manifest, run_name=RUN_NAME, peer=peer)
         self.engine = Engine(config, self.views, self.links, self.mailbox, self.states, self)
         self.error: BaseException | None = None
@@ -142,6 +147,7 @@ class LocalRun:
                             worker.links.follow(view.plan)
                         elif view.plan is None and worker.links.plan is not None:
                             worker.mailbox.fence(worker.links.plan.generation + 1)
+                        worker.states.follow(view)
                         worker.views.put(view)
             self._moved.notify_all()
 
