@@ -21,7 +21,7 @@ from dataclasses import replace
 from ..protocol import control_pb2 as pb
 from ..protocol.keepers import all_keepers
 from . import events as ev
-from .planning import Start, Wait, choose, make_plan
+from .planning import Start, Wait, choose, make_plan, prospects
 from .state import (
     Command,
     Commit,
@@ -73,6 +73,9 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
 def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
     """What this peer should know now; everything it does follows from its newest view."""
     plan = state.plan
+    coming = prospects(rules, state)
+    at = coming.get(peer)
+    place = plan.places.get(peer) if plan else None
     return pb.View(
         phase=state.phase,
         note=state.note,
@@ -87,6 +90,14 @@ def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
         keep=[
             pb.Keep(stage=stage, rounds=[m.savepoint(stage, rules.layers[stage]).to_proto() for m in newest(state)])
             for stage in state.keeping.get(peer, ())
+        ],
+        prospect=None
+        if at is None
+        else pb.Prospect(stage=at, point=state.committed.savepoint(at, rules.layers[at]).to_proto()),
+        guests=[
+            pb.Replica(peer=p, addresses=state.members[p].addresses)
+            for p, stage in sorted(coming.items())
+            if place is not None and stage == place[0]
         ],
     )
 
@@ -152,7 +163,7 @@ class Machine(Turn):
             members = self.state.members
             if self.state.stop_asked:
                 self.close("save")
-            elif any(members[p].leaving for p in plan.peers if p in members) or (self.settled() and self.newcomers()):
+            elif any(members[p].leaving for p in plan.peers if p in members) or (self.settled() and self.are_due()):
                 self.close("round")
         self.grant()
         if self.state.closing == "save" and all(self.has_stop(p) for p in plan.peers):
@@ -180,13 +191,24 @@ class Machine(Turn):
         if how == "save":
             self.journal(ev.Stopping(step=end))
 
-    def newcomers(self) -> bool:
-        """Whether somebody could be seated who is not."""
-        assert self.state.plan is not None
-        smallest = min(need.memory_gb for need in self.rules.needs)
-        return any(
-            p not in self.state.plan.peers and not m.leaving and m.memory_gb >= smallest
+    def are_due(self) -> bool:
+        """Whether there are newcomers who could be seated, and all of them have their stage, or had time enough."""
+        plan, smallest = self.state.plan, min(need.memory_gb for need in self.rules.needs)
+        assert plan is not None
+        new = {
+            p: m
             for p, m in self.state.members.items()
+            if p not in plan.peers and not m.leaving and m.memory_gb >= smallest
+        }
+        stages = prospects(self.rules, self.state)
+        late = self.now - self.state.last_join >= self.rules.prepare_seconds
+        return bool(new) and (
+            late
+            or all(
+                p not in stages
+                or (m.prepared is not None and m.prepared.first_layer == self.rules.layers[stages[p]][0])
+                for p, m in new.items()
+            )
         )
 
     def settled(self) -> bool:
@@ -366,7 +388,8 @@ class Machine(Turn):
         plan = make_plan(self.rules, self.state, start)
         self.commands.append(Remember(generation=plan.generation, stop=self.state.stop))
         for member in list(self.state.members.values()):
-            self.member(replace(member, step=mark.step, ready=0))
+            prepared = None if member.peer in plan.peers else member.prepared
+            self.member(replace(member, step=mark.step, ready=0, prepared=prepared))
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
         keepers = all_keepers(plan, self.rules.keepers)
         self.set(keeping={p: tuple(i for i, who in enumerate(keepers) if p in who) for p in plan.peers})

@@ -35,6 +35,7 @@ class Rules:
     settle_seconds: float = 1.0  # after the last join, before a plan is made for it
     lease_ahead: int = 2  # steps granted beyond the slowest peer
     silence_seconds: float = 20.0  # without a word, before a peer counts as lost
+    prepare_seconds: float = 0.0  # that newcomers may take to fetch their stage, before they are seated without it
     keepers: int = 0  # peers that keep a redo log of each stage
 
 
@@ -51,6 +52,7 @@ class Member:
     session: bytes = b""
     savepoints: frozenset[SavePoint] = frozenset()
     held: frozenset[SavePoint] = frozenset()  # of others' stages, as their keeper: without the optimizer's moments
+    prepared: SavePoint | None = None  # a newcomer's, of the stage it will probably get
     joined: float = 0.0
     last_seen: float = 0.0
     leaving: bool = False

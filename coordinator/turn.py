@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
@@ -88,6 +89,10 @@ class Turn(ABC):
                 self.member(replace(self.state.members[peer], leaving=True))
         elif body == "held":
             self.held(self.state.members[peer], report.held)
+        elif body == "prepared":
+            with contextlib.suppress(WireError):
+                point = SavePoint.from_proto(report.prepared.savepoint)
+                self.member(replace(self.state.members[peer], prepared=point))
         elif body in ("ready", "step_done", "round_done", "eval_done", "saved", "fault"):
             message = getattr(report, body)
             if body == "ready":

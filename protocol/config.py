@@ -258,6 +258,8 @@ class CoordinatorConfig(Section, frozen=True, kw_only=True):
     lease_seconds: Annotated[float, Meta(gt=0)] = 120.0
     # How long to wait for the holders of the newest state before going on from an older one.
     patience_seconds: Annotated[float, Meta(ge=0)] = 120.0
+    # How long newcomers may take to fetch their stage while the others train; then all wait for them.
+    prepare_seconds: Annotated[float, Meta(ge=0)] = 900.0
 
 
 class RunConfig(Section, frozen=True, kw_only=True):

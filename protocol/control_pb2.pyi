@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Up(_message.Message):
-    __slots__ = ("seq", "hello", "ready", "step_done", "round_done", "eval_done", "saved", "leaving", "fault", "heartbeat", "held")
+    __slots__ = ("seq", "hello", "ready", "step_done", "round_done", "eval_done", "saved", "leaving", "fault", "heartbeat", "held", "prepared")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class Up(_message.Message):
     FAULT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_FIELD_NUMBER: _ClassVar[int]
     seq: int
     hello: Hello
     ready: Ready
@@ -30,7 +31,8 @@ class Up(_message.Message):
     fault: Fault
     heartbeat: Heartbeat
     held: Held
-    def __init__(self, seq: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_done: _Optional[_Union[RoundDone, _Mapping]] = ..., eval_done: _Optional[_Union[EvalDone, _Mapping]] = ..., saved: _Optional[_Union[Saved, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., held: _Optional[_Union[Held, _Mapping]] = ...) -> None: ...
+    prepared: Prepared
+    def __init__(self, seq: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_done: _Optional[_Union[RoundDone, _Mapping]] = ..., eval_done: _Optional[_Union[EvalDone, _Mapping]] = ..., saved: _Optional[_Union[Saved, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ...) -> None: ...
 
 class Down(_message.Message):
     __slots__ = ("challenge", "welcome", "refuse", "view", "ack")
@@ -171,7 +173,7 @@ class Plan(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., first_step: _Optional[int] = ..., first_sample: _Optional[int] = ..., origin: _Optional[str] = ..., origin_generation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., microbatches: _Optional[int] = ..., microbatch_size: _Optional[int] = ...) -> None: ...
 
 class View(_message.Message):
-    __slots__ = ("phase", "note", "plan", "until", "end", "closing", "committed", "publish", "publishing", "released", "keep")
+    __slots__ = ("phase", "note", "plan", "until", "end", "closing", "committed", "publish", "publishing", "released", "prospect", "guests", "keep")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +184,8 @@ class View(_message.Message):
     PUBLISH_FIELD_NUMBER: _ClassVar[int]
     PUBLISHING_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
+    PROSPECT_FIELD_NUMBER: _ClassVar[int]
+    GUESTS_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     phase: str
     note: str
@@ -193,8 +197,18 @@ class View(_message.Message):
     publish: int
     publishing: bool
     released: bool
+    prospect: Prospect
+    guests: _containers.RepeatedCompositeFieldContainer[Replica]
     keep: _containers.RepeatedCompositeFieldContainer[Keep]
-    def __init__(self, phase: _Optional[str] = ..., note: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., until: _Optional[int] = ..., end: _Optional[int] = ..., closing: _Optional[str] = ..., committed: _Optional[int] = ..., publish: _Optional[int] = ..., publishing: _Optional[bool] = ..., released: _Optional[bool] = ..., keep: _Optional[_Iterable[_Union[Keep, _Mapping]]] = ...) -> None: ...
+    def __init__(self, phase: _Optional[str] = ..., note: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., until: _Optional[int] = ..., end: _Optional[int] = ..., closing: _Optional[str] = ..., committed: _Optional[int] = ..., publish: _Optional[int] = ..., publishing: _Optional[bool] = ..., released: _Optional[bool] = ..., prospect: _Optional[_Union[Prospect, _Mapping]] = ..., guests: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., keep: _Optional[_Iterable[_Union[Keep, _Mapping]]] = ...) -> None: ...
+
+class Prospect(_message.Message):
+    __slots__ = ("stage", "point")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    point: SavePoint
+    def __init__(self, stage: _Optional[int] = ..., point: _Optional[_Union[SavePoint, _Mapping]] = ...) -> None: ...
 
 class Keep(_message.Message):
     __slots__ = ("stage", "rounds")
@@ -273,6 +287,12 @@ class Held(_message.Message):
     SAVEPOINTS_FIELD_NUMBER: _ClassVar[int]
     savepoints: _containers.RepeatedCompositeFieldContainer[SavePoint]
     def __init__(self, savepoints: _Optional[_Iterable[_Union[SavePoint, _Mapping]]] = ...) -> None: ...
+
+class Prepared(_message.Message):
+    __slots__ = ("savepoint",)
+    SAVEPOINT_FIELD_NUMBER: _ClassVar[int]
+    savepoint: SavePoint
+    def __init__(self, savepoint: _Optional[_Union[SavePoint, _Mapping]] = ...) -> None: ...
 
 class Leaving(_message.Message):
     __slots__ = ()

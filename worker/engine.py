@@ -152,6 +152,7 @@ class Engine:
             )
         self.stage.load(state)
         self.points.keep(state)
+        self.states.recent.most_nbytes = 4 * self.stage.size
         if number == 0 and self._data is None:
             self._data = Dataset(self.hq.corpus())
         seat = self._seat = Seat(plan=plan, stage=number, replica=replica, run=self.config.run_name)
@@ -219,6 +220,8 @@ class Engine:
         def exchange() -> Outcome:
             outcome = synchronizer.exchange(capture)
             self.points.keep(outcome.state)
+            if outcome.entry is not None:
+                self.states.recent.add(synchronizer.seat.stage, outcome.entry)
             self.hq.report(
                 round_done=pb.RoundDone(
                     generation=generation,

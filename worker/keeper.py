@@ -170,7 +170,7 @@ class Keeper:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._news or self._closed, LATE_SECONDS)
+                self._changed.wait_for(lambda: self._news or self._closed, max(PAUSE_SECONDS, LATE_SECONDS / 2))
                 self._news = False
                 if self._closed:
                     return

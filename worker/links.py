@@ -63,6 +63,7 @@ class Links:
         self._transport: Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._addresses: dict[str, tuple[str, ...]] = {}
+        self._guests: tuple[Replica, ...] = ()
         self._outboxes: dict[Lane, asyncio.Queue[Frame]] = {}
         self._tasks: dict[Lane, asyncio.Task[None]] = {}
         self._readers: set[asyncio.Task[None]] = set()
@@ -88,13 +89,24 @@ class Links:
     def follow(self, plan: Plan) -> None:
         """Takes over a plan: who may come in, where to dial, what is over."""
         self.plan = plan
-        replicas: list[Replica] = [r for s in plan.stages for r in (*s.replicas, *s.donors)]
+        self._reach()
+        self.mailbox.fence(plan.generation)
+
+    def host(self, guests: tuple[Replica, ...]) -> None:
+        """Lets newcomers in, who have no part in the plan yet and ask for its states."""
+        if guests != self._guests:
+            self._guests = guests
+            self._reach()
+
+    def _reach(self) -> None:
+        """Who may come in, and where to dial them; the ways to all others end."""
+        stages = self.plan.stages if self.plan is not None else ()
+        replicas: list[Replica] = [*self._guests, *(r for s in stages for r in (*s.replicas, *s.donors))]
         moved = {r.peer for r in replicas if self._addresses.get(r.peer, r.addresses) != r.addresses}
         self._addresses = {r.peer: r.addresses for r in replicas}
         for lane in [x for x in self._tasks if x[0] not in self._addresses or x[0] in moved]:
             self._tasks.pop(lane).cancel()
             self._outboxes.pop(lane, None)
-        self.mailbox.fence(plan.generation)
 
     # For the computing threads.
 

@@ -37,6 +37,8 @@ def origin(states: States, plan: Plan, peer: str, size: int, stopped: Callable[[
         last_layer=layers[1],
         digest=stage.digest,
     )
+    if states.joiner is not None and (state := states.joiner.take(point, number, donors, stopped)) is not None:
+        return state
     try:
         return states.fetch(Wanted(point=point, stage=number, size=size), donors, stopped)
     except WireError as error:

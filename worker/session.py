@@ -127,8 +127,9 @@ class Session:
             peer=self.identity.peer_id,
             device=self.config.device,
         )
+        sizes = [stage_parameters(a, b, run.model.layers, **shape) for a, b in self._layers]
+        self.states.prepare(run, sizes, self.control.report)
         if run.checkpoint.keepers:
-            sizes = [stage_parameters(a, b, run.model.layers, **shape) for a, b in self._layers]
             keeper = Keeper(run, self._layers, sizes, self.folder, self.control.report)
             self.states.keep(keeper, manifest.vocab_size)
         coordinator = Coordinator(self.control, self.folder / "corpus", manifest)
@@ -158,6 +159,7 @@ class Session:
             self.links.follow(view.plan)
         elif view.plan is None:
             self.mailbox.fence(self._generation + 1)
+        self.links.host(view.guests)
         self.states.follow(view)
         self.views.put(view)
         line = self.wording(view)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..protocol.config import RunConfig
 from ..protocol.frames import Frame, Kind
 from .checkpoint import SavePoints
 from .donor import Donor
 from .inventory import StateName
+from .joiner import Joiner, Prospect
 from .keeper import Keeper
 from .plan import View
 from .redo import Recent
@@ -26,6 +28,7 @@ class States:
     ) -> None:
         self.points, self.layers, self.recent = points, layers, Recent()
         self.keeper: Keeper | None = None
+        self.joiner: Joiner | None = None
         self._received = Bucket(mbps)
         self._donor = Donor(run, self._find, self.recent.after, post, Bucket(mbps))
         self._desk = Desk(run, post)
@@ -48,6 +51,10 @@ class States:
         )
         return Fetch(wanted, donors, self._desk, folder, self._received, stopped).run()
 
+    def prepare(self, run: RunConfig, sizes: Sequence[int], report: Callable[..., None]) -> None:
+        """Gets ready for the stage that the coordinator names, from now on."""
+        self.joiner = Joiner(run, sizes, self._desk, self.fetch, report)
+
     def keep(self, keeper: Keeper, vocab_size: int) -> None:
         """Keeps others' stages from now on."""
         self.keeper = keeper
@@ -57,6 +64,12 @@ class States:
     def follow(self, view: View) -> None:
         if self.keeper is not None:
             self.keeper.follow(view)
+        if self.joiner is not None and view.plan is not None and view.phase == "training":
+            prospect = None
+            if view.prospect is not None:
+                stage, point = view.prospect
+                prospect = Prospect(stage, point, tuple(r.peer for r in view.plan.stages[stage].replicas))
+            self.joiner.follow(prospect)
 
     def find(self, kind: str, generation: int, step: int, layers: tuple[int, int]) -> State | None:
         """A state of our own, or one that we keep; None if it is not here or damaged."""
@@ -66,6 +79,8 @@ class States:
         return state
 
     def close(self) -> None:
+        if self.joiner is not None:
+            self.joiner.close()
         if self.keeper is not None:
             self.keeper.close()
         self._donor.close()

@@ -80,8 +80,9 @@ class LocalWorker:
         self.mailbox, self.views, self.points = Mailbox(), Views(), SavePoints(folder)
         self.links = MemoryLinks(peer, local, self.mailbox)
         self.states = States(RUN_NAME, self.points, lambda stage: local.rules.layers[stage], self.links.post, 0.0)
+        sizes = [stage_parameters(a, b, 4, d_model=32, vocab_size=300) for a, b in local.rules.layers]
+        self.states.prepare(local.config, sizes, self.report)
         if local.config.checkpoint.keepers:
-            sizes = [stage_parameters(a, b, 4, d_model=32, vocab_size=300) for a, b in local.rules.layers]
             keeper = Keeper(local.config, local.rules.layers, sizes, folder, self.report)
             self.states.keep(keeper, 300)
         config = EngineConfig(run=local.config, manifest=local.manifest, run_name=RUN_NAME, peer=peer)
