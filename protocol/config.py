@@ -240,7 +240,8 @@ class CheckpointConfig(Section, frozen=True, kw_only=True):
 
     save_rounds: Count = 10
     publish_rounds: Count = 50
-    # Peers of other stages that can do a stage's rounds again if all its replicas are lost; 0: none.
+    # Peers of other stages that can do a stage's rounds again if all its replicas are lost; 0: none. One replica alone
+    # has one at most, and tells it about 3 bytes a weight: with short rounds, think of 0 or of more workers.
     keepers: Annotated[int, Meta(ge=0, le=16)] = 2
 
 

@@ -10,8 +10,9 @@ from .plan import Plan
 def keepers_of(plan: Plan, stage: int, count: int) -> tuple[str, ...]:
     """The ``count`` peers that keep a stage's base and redo log, none of its own replicas; fewer if there are fewer.
 
-    A pure function of the plan. Every peer has a rank for every stage (rendezvous hashing), so that one who comes or
-    goes moves few bases; who keeps fewer than its share of the stages goes first.
+    A lone replica's stage has one keeper at most: nothing of its rounds is compressed with a loss, so telling of them
+    costs about 3 bytes a weight. A pure function of the plan: every peer has a rank for every stage (rendezvous
+    hashing), so that one who comes or goes moves few bases; who keeps fewer than its share of the stages goes first.
     """
     return all_keepers(plan, count)[stage]
 
@@ -26,9 +27,10 @@ def all_keepers(plan: Plan, count: int) -> tuple[tuple[str, ...], ...]:
     for number, stage in enumerate(plan.stages):
         able = [p for p in peers if places[p] != number]
         able.sort(key=lambda p: (load[p] >= share, _rank(stage.first_layer, p)))
-        for peer in able[:count]:
+        chosen = able[: count if len(stage.replicas) > 1 else min(count, 1)]
+        for peer in chosen:
             load[peer] += 1
-        out.append(tuple(sorted(able[:count])))
+        out.append(tuple(sorted(chosen)))
     return tuple(out)
 
 

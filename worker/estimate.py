@@ -169,6 +169,7 @@ def round_nbytes(config: RunConfig, n: int, fragment: int, replicas: int, *, ful
     total = 0.0
     keepers = min(config.checkpoint.keepers, (config.pipeline.stages - 1) * replicas)
     if replicas == 1:
+        keepers = min(keepers, 1)
         for piece in layout(n, sync.fragments, 1)[fragment]:
             weights = piece.end - piece.start
             spec = TensorSpec(codec=FLIPPED, shape=(weights,), nbytes=round(LONE_NBYTES * weights))

@@ -313,7 +313,7 @@ def test_keepers_are_others_and_spread(sizes, count):
     load = dict.fromkeys(plan.peers, 0)
     for number, keepers in enumerate(all_keepers(plan, count)):
         outside = sum(sizes) - sizes[number]
-        assert len(keepers) == min(count, outside)
+        assert len(keepers) == min(count if sizes[number] > 1 else min(count, 1), outside)
         assert all(plan.places[p][0] != number for p in keepers)
         for peer in keepers:
             load[peer] += 1
