@@ -44,6 +44,7 @@ from .state import (
 )
 from .turn import TRANSFER_LEASES
 from .verdict import judge
+from .views import keeping
 
 KEPT_MARKS = 50
 

@@ -245,7 +245,7 @@ class Engine:
         failpoint("worker.round.captured")
         self._in_capture, self._since, self._captured = self._since, 0, done
         self.local = replace(self.local, round=done)
-        generation, synchronizer = self.local.generation, self._synchronizer
+        synchronizer = self._synchronizer
 
         def exchange() -> Outcome:
             outcome = synchronizer.exchange(capture)
@@ -253,18 +253,7 @@ class Engine:
             failpoint("worker.round.done")
             if outcome.entry is not None:
                 self.states.recent.add(synchronizer.seat.stage, outcome.entry)
-            self.hq.report(
-                round_done=pb.RoundDone(
-                    generation=generation,
-                    step=done,
-                    samples=outcome.samples,
-                    digest=outcome.state.point.digest,
-                    base_digest=outcome.base_digest,
-                    nbytes=outcome.nbytes,
-                    seconds=outcome.seconds,
-                    attempt=synchronizer.seat.plan.attempt,
-                )
-            )
+            self.hq.report(round_done=outcome.report(synchronizer.seat.plan.attempt))
             return outcome
 
         self._pending = self._rounds.submit(exchange)

@@ -25,6 +25,7 @@ from ..compression.feedback import ErrorFeedback
 from ..compression.mask import Mask
 from ..compression.mean import MAX_WEIGHT, weighted_mean
 from ..compression.sync import Encoded, Sparse, SyncCodec
+from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.errors import DivergedError, WireError
 from ..protocol.failpoints import failpoint
@@ -62,6 +63,20 @@ class Outcome:
     nbytes: int
     seconds: float
     entry: Entry | None = None  # to do it again from; None where nobody keeps any
+
+    def report(self, attempt: int) -> pb.RoundDone:
+        """For the coordinator, who decides whether it counts."""
+        point = self.state.point
+        return pb.RoundDone(
+            generation=point.generation,
+            step=point.step,
+            samples=self.samples,
+            digest=point.digest,
+            base_digest=self.base_digest,
+            nbytes=self.nbytes,
+            seconds=self.seconds,
+            attempt=attempt,
+        )
 
 
 class Synchronizer:
@@ -151,6 +166,7 @@ class Synchronizer:
         base_digest = digest(before.g)
         entry = Entry(
             generation=point.generation,
+            attempt=self.seat.plan.attempt,
             step=point.step,
             fragments=capture.fragments,
             replicas=len(self.peers),

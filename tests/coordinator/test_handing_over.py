@@ -52,7 +52,7 @@ def test_a_stage_that_only_its_keeper_holds_is_taken_over_by_it() -> None:
 
 
 def test_who_trains_a_stage_gives_it_before_its_keepers_and_stays_at_it() -> None:
-    run = committed("a", "b", "c", "d", rules=KEPT)
+    run = committed("a", "b", "c", "d", rules=replace(KEPT, reroutes=False))
     seats = run.seats
     for peer in "abcd":
         held(run, peer, 1 - run.plan.places[peer][0])

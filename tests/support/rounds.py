@@ -18,11 +18,10 @@ class Box:
         self.peer, self.boxes = peer, boxes
 
     def post(self, peer: str, frame: Frame) -> None:
-        h = frame.header
-        self.boxes[peer].put(Address(h.generation, h.kind, h.step, h.part, h.microbatch, self.peer), frame)
+        self.boxes[peer].put(Address.of(frame.header, self.peer), frame)
 
-    def take(self, address: Address, also: Sequence[Address] = ()) -> Frame:
-        return self.boxes[self.peer].take(address, timeout_seconds=20.0)
+    def take(self, wanted: Sequence[Address], attempt: int = 0) -> tuple[Address, Frame]:
+        return self.boxes[self.peer].take(wanted, attempt, timeout_seconds=20.0)
 
 
 def exchange_all(
