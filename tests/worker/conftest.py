@@ -130,6 +130,7 @@ class LocalRun:
         self._moved = threading.Condition(self._lock)
         self._now = 0.0
         self._failed = False
+        self._dead: list[LocalWorker] = []
 
     def put(self, what: state.Input) -> None:
         with self._lock:
@@ -141,7 +142,7 @@ class LocalRun:
                     self.on_event(command.event)
                 elif isinstance(command, state.Point):
                     self.points.append(command)
-            for peer, worker in self.workers.items():
+            for peer, worker in list(self.workers.items()):
                 if peer in self.machine.members:
                     view = view_from(views.view_of(self.rules, self.machine, peer))
                     if view != worker.views.newest[0]:
@@ -192,8 +193,20 @@ class LocalRun:
         self.close()
         return self
 
+    def cut_off(self, peer: str) -> None:
+        """Nothing of a worker gets to anybody any more."""
+        with self._lock:
+            gone = self.workers.pop(peer)
+        self._dead.append(gone)
+        gone.views.close()
+        gone.mailbox.close()
+
+    def kill(self, peer: str) -> None:
+        self.cut_off(peer)
+        self.put(state.Gone(peer=peer))
+
     def close(self) -> None:
-        for worker in self.workers.values():
+        for worker in (*self.workers.values(), *self._dead):
             worker.views.close()
             worker.mailbox.close()
             worker.thread.join(10.0)

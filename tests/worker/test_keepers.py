@@ -24,9 +24,7 @@ SYNCS = [
 def kill(ours, *peers: str) -> None:
     """They vanish without a word, all at once."""
     for peer in peers:
-        gone = ours.workers.pop(peer)
-        gone.views.close()
-        gone.mailbox.close()
+        ours.cut_off(peer)
     for peer in peers:
         ours.put(state.Gone(peer=peer))
 
