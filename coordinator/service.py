@@ -163,9 +163,15 @@ async def _running(
             store.close()
             raise
         server, port = await start_server(place.host, 0, doors.handlers(), certificate)
-    store.set_meta(port=port)
+    known = place.http_port or store.meta("http_port", 0)  # who has the page open finds it again
     try:
-        page, http_port = await web.serve(web.app(board), place.host, place.http_port)
+        try:
+            page, http_port = await web.serve(web.app(board), place.host, known)
+        except StateError:
+            if place.http_port or not known:
+                raise
+            page, http_port = await web.serve(web.app(board), place.host, 0)
+        store.set_meta(port=port, http_port=http_port)
     except Exception:
         await server.stop(None)
         store.close()

@@ -111,6 +111,8 @@ class Stage:
         """One AdamW update with the gradient of the mean loss over ``targets``, then a cleared gradient."""
         self.grad.div_(max(1, targets))
         rate = learning_rate(self.config.optimizer, self.config.steps, self.steps)
+        if self.updates < self.steps:  # moments that began anew: their first updates are as large as at a run's start
+            rate *= min(1.0, (self.updates + 1) / max(1, self.config.optimizer.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -10,7 +10,7 @@ import torch
 from potluck.coordinator import events, state
 from potluck.protocol.frames import Kind
 from potluck.worker import keeper as keepers
-from potluck.worker.stage import digest
+from potluck.worker.stage import Stage, digest
 
 KEEP = {"keepers": 2}
 SYNCS = [
@@ -169,3 +169,16 @@ def test_keepers_cost_what_they_are_said_to(local_run, make_config, sync):
     ours.finish()
     assert nbytes[Kind.REDO] == 2 * nbytes[Kind.MEAN]  # two keepers each, and one other replica
     assert torch.get_num_threads() == 1
+
+
+def test_moments_that_begin_anew_are_warmed_up(make_config):
+    """Adam's first update moves every weight by the whole rate, whatever the gradient is."""
+    stage = Stage(make_config(optimizer={"lr": 1e-2, "warmup_steps": 10}), 300, 0, 2)
+    stage.steps = 100
+    moved = []
+    for _ in range(3):
+        before = stage.x.clone()
+        stage.grad.fill_(1.0)
+        stage.update(1)
+        moved.append(float((stage.x - before).abs().median()))
+    assert moved == pytest.approx([1e-3, 2e-3, 3e-3], rel=0.05)
