@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from ..protocol import control_pb2 as pb
 from ..protocol.errors import StateError
 from ..protocol.failpoints import failpoint, failpoint_async
 from .board import Board
+from .resume import keep
 from .run import step, view_of
 from .standstill import Standstill, shifted
 from .state import (
@@ -81,6 +81,7 @@ class Hub:
 
     def __init__(self, rules: Rules, state: RunState, store: Store, board: Board) -> None:
         self.rules, self.state, self.store, self.board = rules, state, store, board
+        self.clock = board.clock
         self.failed: StateError | None = None
         self.standing: Standstill | None = None
         self.lines: dict[bytes, Line] = {}
@@ -92,7 +93,7 @@ class Hub:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Condition()
-        self._awake = time.time()  # when this process was last seen to run
+        self._awake = self.clock()  # when this process was last seen to run
 
     async def start(self) -> None:
         self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._ticks())]
@@ -197,9 +198,9 @@ class Hub:
                 batch.append(await self._queue.get())
             while not self._queue.empty() and len(batch) < BATCH:
                 batch.append(self._queue.get_nowait())
-            now = time.time()
-            if abs(asleep := now - self._awake) > HANG_SECONDS:  # the machine slept, or its clock was set
-                log.warning("this process, or its clock, jumped by %.1f s: that counts for nobody", asleep)
+            now = self.clock()
+            if (asleep := now - self._awake) > HANG_SECONDS:  # a lid, a paused machine
+                log.warning("this process slept for %.1f s: that counts for nobody", asleep)
                 self.state = shifted(self.state, asleep)
             try:
                 await self._take(batch, now)
@@ -225,15 +226,14 @@ class Hub:
             commands += ordered
         said = [(line.session, what) for what, line, _ in items if line is not None and isinstance(what, Said)]
         heard = self.board.heard(said)
-        durable = [c for c in commands if not isinstance(c, Dismiss)]
+        durable = [*(c for c in commands if not isinstance(c, Dismiss)), *keep(self.state, state)]
         if durable or heard.statements:
             await self.read(self.store.write, durable, now, heard.statements)
-        changed = state.phase != self.state.phase or any(isinstance(what, Gone) for what, _, _ in batch)
-        self._awake = time.time()
+        fewer = self.state.members.keys() - state.members.keys() or any(isinstance(what, Gone) for what, _, _ in batch)
+        changed = state.phase != self.state.phase or fewer
+        self._awake = self.clock()
         waited = self._awake - now
-        self.state = (
-            state if abs(waited) < HANG_SECONDS else shifted(state, waited)
-        )  # a disk that hangs is nobody's fault
+        self.state = state if waited < HANG_SECONDS else shifted(state, waited)  # a disk that hangs is nobody's fault
         if self.standing:
             self._go_on(beats)
         await failpoint_async("coordinator.acks")
@@ -292,7 +292,7 @@ class Hub:
                 self._show(noted, line)
             await self._notify()
         await asyncio.sleep(self.standing.pause_seconds)
-        self._awake = time.time()
+        self._awake = self.clock()
 
     def _go_on(self, beats: dict[bytes, Item]) -> None:
         """It is written: ``beats`` with it, newer ones follow."""
@@ -306,7 +306,7 @@ class Hub:
     async def _fail(self, error: StateError) -> None:
         self.failed = error
         self.state = replace(self.state, note=error.one_line())
-        self.board.update(self.state, [], time.time())
+        self.board.update(self.state, [], self.clock())
         await self._notify()
 
     async def _notify(self) -> None:

@@ -98,6 +98,12 @@ class Publisher:
             self.drop()
             self._current = (step, generation)
 
+    async def resume(self, step: int, generation: int) -> None:
+        """Goes on where a coordinator that was killed stood: what has arrived is not sent again."""
+        self._current = (step, generation)
+        self._arrived = {i for i in range(len(self.layers)) if (self._work(step) / self.file(i)).exists()}
+        await self._finish(step)
+
     def drop(self) -> None:
         """Gives up what is being collected, and its space."""
         self._current, self._arrived = (-1, -1), set()
@@ -127,6 +133,9 @@ class Publisher:
         self._check(part, stage)
         part.replace(part.with_suffix(""))
         self._arrived.add(stage)
+        await self._finish(step)
+
+    async def _finish(self, step: int) -> None:
         if len(self._arrived) == len(self.layers):
             try:
                 target = await asyncio.to_thread(self._assemble, step)
