@@ -186,15 +186,22 @@ class Turn(ABC):
     def fault(self, member: Member, message: pb.Fault) -> None:
         what = " ".join(message.text.split())[:FAULT_LENGTH]
         self.journal(ev.Faulted(peer=member.peer, name=member.name, what=what))
-        holder, plan = self.state.members.get(message.peer), self.state.plan
-        if self.state.phase == "preparing" and holder and plan:  # what the plan starts from is not there after all
+        if message.missing:
+            self.lacks_origin(message.peer)
+        elif message.peer and message.peer != member.peer:
+            self.parted(member, message.peer, what)
+            return
+        else:
+            self.set(broken=(*self.state.broken, (member.peer, member.peer)))
+        self.abort(f"{member.name}: {what}")
+
+    def lacks_origin(self, peer: str) -> None:
+        """What the plan starts from is not there after all."""
+        holder, plan = self.state.members.get(peer), self.state.plan
+        if self.state.phase == "preparing" and holder and plan:
             origin = (plan.origin_generation, plan.first_step)
             kept = frozenset(s for s in holder.savepoints if (s.generation, s.step) != origin)
             self.member(replace(holder, savepoints=kept))
-        if self.state.phase == "training" and plan and message.peer and message.peer != member.peer:
-            self.parted(member, message.peer, what)
-        else:
-            self.abort(f"{member.name}: {what}")
 
     def uploaded(self, at: int, path: str) -> None:
         self.journal(ev.Published(step=at, path=path))

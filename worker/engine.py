@@ -148,7 +148,7 @@ class Engine:
         except MissingError as error:
             log.warning("%s", error)
             self.local = replace(self.local, generation=plan.generation, seated=False)
-            self.hq.report(fault=pb.Fault(generation=plan.generation, text=str(error), peer=error.holder))
+            self.hq.report(fault=pb.Fault(generation=plan.generation, text=str(error), peer=error.holder, missing=True))
             return
         failpoint("worker.seat.fetched")
         if self.stage is None or (self.stage.first, self.stage.last) != layers:

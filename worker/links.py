@@ -118,41 +118,53 @@ class Links:
         self._outboxes[lane].put_nowait(frame)
 
     async def _send_all(self, peer: str, outbox: asyncio.Queue[Frame]) -> None:
-        """A lane's life: dials when there is something to send, and again after a channel that ended at rest."""
+        """A lane's life: dials when there is something to send, and again after a channel that ended at rest.
+
+        What cannot be sent ends it with a fault of that frame's generation; one that is over has no faults any more.
+        """
         channel: Channel | None = None
         ended: asyncio.Task[Frame] | None = None
+        generation = 0  # of what was sent last
         waiting = asyncio.ensure_future(outbox.get())
         try:
             while True:
                 await asyncio.wait({waiting, *([ended] if ended else [])}, return_when=asyncio.FIRST_COMPLETED)
-                if channel is not None and ended is not None and ended.done():
-                    ended.exception()
-                    await channel.drain()  # raises if something we sent was never acknowledged
+                try:
+                    if channel is not None and ended is not None and ended.done():
+                        ended.exception()
+                        await channel.drain()  # raises if something we sent was never acknowledged
+                        channel = ended = None
+                    if not waiting.done():
+                        continue
+                    frame = waiting.result()
+                    waiting = asyncio.ensure_future(outbox.get())
+                    if self.plan is not None and frame.header.generation == self.plan.generation:
+                        generation = frame.header.generation
+                        if channel is None:
+                            channel = await self._dial(peer)
+                            ended = asyncio.create_task(channel.recv())  # nobody answers: it ends with the channel
+                        await failpoint_async("worker.link.send", UnreachableError)
+                        await channel.send(frame)
+                except PotluckError as error:
+                    if self.plan is None or generation == self.plan.generation:
+                        raise
+                    log.info("what was left for %s is of a generation that is over: %s", peer[:8], error)
+                    if channel is not None:
+                        channel.abort(error)
                     channel = ended = None
-                if not waiting.done():
-                    continue
-                frame = waiting.result()
-                waiting = asyncio.ensure_future(outbox.get())
-                if self.plan is not None and frame.header.generation == self.plan.generation:
-                    if channel is None:
-                        channel = await self._dial(peer)
-                        ended = asyncio.create_task(channel.recv())  # nobody answers here: it ends with the channel
-                    await failpoint_async("worker.link.send", UnreachableError)
-                    await channel.send(frame)
         except asyncio.CancelledError:
             raise
         except Exception as error:
             if not isinstance(error, PotluckError):
                 log.exception("the way to %s broke", peer[:8])
-            if self.plan is not None:
-                self.on_fault(self.plan.generation, peer, f"cannot send to {peer[:8]}: {error}")
+            self.on_fault(generation, peer, f"cannot send to {peer[:8]}: {error}")
         finally:
             waiting.cancel()
             if ended is not None:
                 ended.cancel()
                 await asyncio.gather(ended, return_exceptions=True)
             if channel is not None:
-                channel.abort(UnreachableError("not needed any more"))
+                await channel.hang_up()
 
     async def _dial(self, peer: str) -> Channel:
         assert self._transport is not None
@@ -173,21 +185,28 @@ class Links:
         task.add_done_callback(self._readers.discard)
 
     async def _receive(self, channel: Channel) -> None:
+        """What comes in on a channel. A frame that is refused comes to nobody: that is a fault, told at once."""
+        header: Header | None = None
         try:
             while True:
+                header = None
                 frame = await channel.recv()
-                await failpoint_async("worker.link.receive", WireError)
                 header = frame.header
+                await failpoint_async("worker.link.receive", WireError)
                 if header.kind == Kind.STATE_REQUEST:
                     await self._serve(channel.peer_id, header)
-                else:
-                    if not self.mailbox.put(Address.of(header, channel.peer_id), frame):
-                        raise WireError(f"{channel.peer_id[:8]} sends more than anybody asked for")
+                elif not self.mailbox.put(Address.of(header, channel.peer_id), frame):
+                    raise WireError("it sends more than anybody asked for")
         except WireError as error:
-            log.warning("%s", error)
             channel.abort(error)
+            generation = header.generation if header else self.plan.generation if self.plan else 0
+            if self.admit(channel.peer_id):
+                self.on_fault(generation, channel.peer_id, f"refused what {channel.peer_id[:8]} sends: {error}")
         except PotluckError:
             pass  # the other side dials again if it has more to say
+        except asyncio.CancelledError:
+            await channel.hang_up()
+            raise
 
     async def _serve(self, peer: str, request: Header) -> None:
         """Sends a newcomer the state it asks for, in parts; one empty part if it is not here."""

@@ -20,10 +20,10 @@ from .crew import Crew, Stuck
 from .scenario import Scenario
 from .zygote import spawn
 
-DISTURBED = ("RolledBack", "RunOpened", "StoodStill")
+DISTURBED = ("Rerouted", "RolledBack", "RunOpened", "StoodStill")
 GAPS = 6  # between steps, that are looked at for the one that a fault made
 SENTENCES = 500
-KEYS = 5
+KEYS = 6
 
 
 @dataclass(kw_only=True)
@@ -189,6 +189,10 @@ def expected(scenario: Scenario, kinds: list[str]) -> bool:
     match scenario.expect:
         case "on":
             return not back and opened == 1
+        case "without":
+            return "Rerouted" in kinds and not back and opened == 1
+        case "held":
+            return {"Rerouted", "Held"} <= set(kinds) and not back
         case "back":
             return back > 0 and opened == 1
         case "anew":
@@ -203,6 +207,9 @@ def expected(scenario: Scenario, kinds: list[str]) -> bool:
 def observed(kinds: list[str], crew: Crew) -> str:
     """What the journal tells, in a few words."""
     words = {
+        "Rerouted": "went on without one",
+        "Held": "held",
+        "Degraded": "degraded",
         "RolledBack": "back to the last round",
         "StoodStill": "stood still",
         "RoundRefused": "round refused",

@@ -6,7 +6,8 @@ One line per operation, written before it is done, so that whatever another work
 ``forward``   of a lane, with the peer that its activation came from
 ``backward``  of a lane, with the peer that its gradient came from
 ``update``    of the optimizer, with everything since the last one
-``capture``   of a round
+``capture``   of a round: the attempt, and the replicas that are in it
+``void``      a round that was captured does not count, because somebody is lost: its samples go into the next
 ``apply``     of a finished round
 ``save``      of everything, at a stop
 """
@@ -60,9 +61,9 @@ def record(path: Path) -> None:
         donors.append(args[5])
         return data
 
-    def seat(self: Engine, plan: Any) -> None:
+    def seat(self: Engine, plan: Any, view: Any) -> None:
         donors.clear()
-        take_seat(self, plan)
+        take_seat(self, plan, view)
         if self.local.seated:
             stage, replica = plan.places[self.config.peer]
             note(
@@ -81,18 +82,12 @@ def record(path: Path) -> None:
 
     engine.fetch_state = fetch_state  # type: ignore[assignment]
     Engine._take_seat = seat  # type: ignore[method-assign]
-    before(
-        Pipeline,
-        "_forward",
-        lambda self, step, m, result: {"op": "forward", "step": step, "m": m, "by": neighbour(self, m, -1)},
-        note,
-    )
-    before(
-        Pipeline,
-        "_backward",
-        lambda self, step, m: {"op": "backward", "step": step, "m": m, "by": neighbour(self, m, 1)},
-        note,
-    )
+    for name, by in (("_forward", -1), ("_backward", 1)):
+
+        def way(self: Pipeline, lane: Any, frame: Any = None, name: str = name, by: int = by) -> dict[str, Any]:
+            return {"op": name[1:], "step": lane.step, "m": lane.m, "by": neighbour(self, lane.m, by)}
+
+        before(Pipeline, name, way, note)
     before(Stage, "update", lambda self, targets: {"op": "update", "targets": targets}, note)
     before(
         Synchronizer,
@@ -102,9 +97,16 @@ def record(path: Path) -> None:
             "step": steps_done,
             "samples": samples,
             "fragments": list(fragments),
+            "attempt": self.seat.plan.attempt,
+            "replicas": self.peers,
         },
         note,
     )
+
+    def void(self: Engine, plan: Any, view: Any) -> dict[str, Any] | None:
+        return {"op": "void", "step": self._captured} if self._captured > view.committed and self._pending else None
+
+    before(Engine, "_reroute", void, note)
     before(
         engine,
         "apply",

@@ -14,7 +14,6 @@ from potluck import __version__
 from .catalogue import SHORT, every
 from .crew import RESTART_SECONDS
 from .judge import Result
-from .roles import LINGER_SECONDS
 from .scenario import WORDS, Scenario
 
 HEAD = """# Faults, and what a run makes of them
@@ -78,6 +77,7 @@ def write(path: Path, results: Sequence[Result], seconds: float, times: int, wid
 LAYOUTS = {
     "2x1": "Two stages, one replica each",
     "2x2": "Two stages, two replicas each",
+    "2+3": "Two stages, two replicas and three",
     "2x1+1": "Two stages, one replica each, and a newcomer",
 }
 
@@ -94,7 +94,7 @@ def conditions(results: Sequence[Result], seconds: float, times: int, width: int
         " (`coordinator.patience_seconds`)",
         f"- scenarios with a stop, hole or cut of 2 s and more: silence {SHORT.silence_seconds:g} s instead of 20,"
         f" heartbeats every {SHORT.heartbeat_seconds:g} s instead of 2, a broken path given up after"
-        f" {SHORT.give_up_seconds:g} s instead of 10; a worker's goodbye to its peers: {LINGER_SECONDS} s instead of 2",
+        f" {SHORT.give_up_seconds:g} s instead of 10",
         "- `name:point:action@n`: at the n-th time that the process gets there. kill and stop are signals, full is a"
         " full disk, error what the place may raise (out of memory, a broken line)",
         "- recovery: from the fault to the next step done or round committed that the coordinator wrote down after what"
