@@ -66,6 +66,8 @@ def rules_of(config: RunConfig, manifest: Manifest) -> Rules:
         sync=config.sync.resolved(),
         eval=config.eval,
         publish_rounds=config.checkpoint.publish_rounds,
+        prepare_seconds=config.coordinator.prepare_seconds,
+        keepers=config.checkpoint.keepers,
         wait_for=config.coordinator.wait_for,
         lease_seconds=config.coordinator.lease_seconds,
         patience_seconds=config.coordinator.patience_seconds,

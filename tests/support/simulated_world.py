@@ -14,7 +14,7 @@ from manifests import manifest
 from simulated_disk import LEDGER, SHIFT, FailingDisk, hold, same
 
 from potluck.coordinator.resume import keep
-from potluck.coordinator.run import step, view_of
+from potluck.coordinator.run import step
 from potluck.coordinator.service import open_run, rules_of
 from potluck.coordinator.standstill import Standstill, shifted
 from potluck.coordinator.state import (
@@ -33,6 +33,7 @@ from potluck.coordinator.state import (
     Tick,
     Uncommit,
 )
+from potluck.coordinator.views import view_of
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.config import (
     CheckpointConfig,
