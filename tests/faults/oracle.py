@@ -44,6 +44,10 @@ def vector_of(state: State) -> Tensor:
     return state.g if state.x is None else state.x
 
 
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
+
+
 def read_record(path: Path) -> list[Op]:
     """The operations of a worker; a last line that a kill cut off is left out."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -135,17 +139,33 @@ class Oracle:
             self._keep(crew, world, committed)
 
     def _knows_origin(self, seat: Seat) -> bool:
+        return seat.begin["origin"][0] == "init" or self._holder(seat) is not None
+
+    def _holder(self, seat: Seat) -> State | None:
+        """Its own state, or anybody's of the same layers."""
         kind, generation, step = seat.begin["origin"]
-        holder = seat.begin["donor"] or seat.peer
-        return kind == "init" or (holder, kind, generation, step) in self.points
+        if own := self.points.get((seat.peer, kind, generation, step)):
+            if (own.point.first_layer, own.point.last_layer) == seat.layers:
+                return own
+        states = [s for (_, k, g, at), s in self.points.items() if (k, g, at) == (kind, generation, step)]
+        found = [s for s in states if (s.point.first_layer, s.point.last_layer) == seat.layers]
+        return self._given(seat, found[0]) if found and seat.begin["taken"] else None
+
+    def _given(self, seat: Seat, holder: State) -> State:
+        """A newcomer's state: the weights are known here, the moments must be somebody's, or begin anew."""
+        m, v, updates = torch.load(seat.begin["taken"])
+        known = [s for s in self.points.values() if s.g.shape == holder.g.shape]
+        if m is not None and not any(same(s.m, m) and same(s.v, v) and s.updates == updates for s in known):
+            self.problems.append(f"{seat.peer[:8]} starts with moments that nobody had")
+        return replace(holder.shared(), m=m, v=v, updates=updates)
 
     def _state(self, seat: Seat, stage: Stage) -> State:
-        kind, generation, step = seat.begin["origin"]
         first, last = seat.layers
-        if kind == "init":
+        if seat.begin["origin"][0] == "init":
             return stage.state(SavePoint(kind="round", generation=0, step=0, first_layer=first, last_layer=last))
-        state = self.points[seat.begin["donor"] or seat.peer, kind, generation, step]
-        return state.shared() if seat.begin["donor"] else state
+        state = self._holder(seat)
+        assert state is not None
+        return state
 
     def _work(self, seat: Seat, world: Generation) -> Iterator[str]:
         """Does a seat's record; yields ``done`` after each operation, ``wait`` while something is missing."""
