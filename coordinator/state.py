@@ -134,6 +134,7 @@ class RunState:
     held: float | None = None  # since when a stage has too few replicas
     degraded: bool = False  # nobody came, and the run goes on all the same
     barred: Mapping[str, Bar] = field(default_factory=dict)  # who was given up though it lives
+    unaware: Mapping[str, float] = field(default_factory=dict)  # who may be dialling still, and since when
     broken: tuple[tuple[str, str], ...] = ()  # who and whom: faults that ended generations since the last round
     leased_at: Mapping[int, float] = field(default_factory=dict)  # step -> when its leases expire
     losses: Mapping[int, Mapping[str, pb.StepDone]] = field(default_factory=dict)

@@ -366,6 +366,10 @@ class Engine:
         self.local = replace(self.local, saved=step)
         self.hq.report(saved=pb.Saved(generation=self.local.generation, savepoint=point.to_proto()))
 
+    def save_committed(self) -> None:
+        """After ``run``: the last committed round to disk. ``StateError`` if that cannot be."""
+        self._save_committed(self.views.newest[0])
+
     def _save_committed(self, view: View) -> None:
         if state := self._committed_state(view):
             self.points.save(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from potluck.protocol.failpoints import Action, Do
 
@@ -10,6 +11,13 @@ from .roles import Times
 from .scenario import GROWS, ONE, THREE, TWO, Expect, Fault, Layout, Mode, Scenario, Trouble
 
 SHORT = Times(silence_seconds=2.0, heartbeat_seconds=0.5, give_up_seconds=2.0)
+SLOW = (  # words of what CI leaves out
+    *("2x1 anna:worker.forward:kill", "2x1 anna:worker.activation.sent:kill", "2x1 anna:worker.update:kill"),
+    *("2x1 anna:worker.updated:kill", "2x1 anna:worker.round.done:kill", "2x1 anna:worker.link", "acks:delay"),
+    *("2x1 anna:worker.control.view:kill", "2x1 ben:worker.backward:error", "hello.accepted", "upload.written"),
+    *("2x2 anna:worker.activation.sent", "2x2 anna:worker.updated", "2x2 anna:worker.link.send", "upload.piece:full@1"),
+    *("2x1 ben-coordinator:late", "worker.leave:kill", "to-carl:cut 0.5s", "2x1 anna:stop", "worker.upload:error"),
+)
 MID = 20  # a hit in the middle of a run, for places that are reached with every microbatch
 WELL = 10  # steps done, so that a round older than the newest one is on disk as well
 STOP_SECONDS = 1.0
@@ -153,7 +161,9 @@ def two_replicas() -> Iterator[Scenario]:
         yield at(TWO, "carl", point, "error", WELL, "without")
     for point in LINKS:
         for name in ("anna", "carl"):
-            yield at(TWO, name, point, "error", MID, "without", ci=name == "carl")
+            # What is sent may be a redo log's, which nobody waits for.
+            expect: Expect = "without" if point.endswith("receive") else "any"
+            yield at(TWO, name, point, "error", MID, expect, ci=name == "carl")
     yield at(TWO, "dora", "worker.savepoint.write", "full", 2, "on")
     for name in ("anna", "carl"):
         yield Scenario(layout=TWO, troubles=(Trouble(where=name, mode="interrupt"),), expect="on", ci=name == "anna")
@@ -230,7 +240,7 @@ def lines() -> Iterator[Scenario]:
     for name in ("anna", "ben"):
         yield line(ONE, name, "stop", 1.0, "on", ci=name == "anna")
         yield line(ONE, name, "stop", 3.5, "back", times=SHORT, ci=name == "ben")
-        yield line(ONE, f"{name}-coordinator", "cut", 0.5, "back", ci=name == "anna")
+        yield line(ONE, f"{name}-coordinator", "cut", 0.5, "on", ci=name == "anna")
         yield line(ONE, f"{name}-coordinator", "hole", 1.0, "on")
         yield line(ONE, f"{name}-coordinator", "hole", 3.5, "back", times=SHORT, ci=name == "ben")
         yield line(ONE, f"{name}-coordinator", "slow", 1.0, "on")
@@ -258,7 +268,8 @@ def redialling() -> Iterator[Scenario]:
     for do in ("error", "kill", "delay"):
         action = Action(do=do, hit=2, seconds=0.4)  # type: ignore[arg-type]
         fault = Fault(process="anna", point="worker.control.dial", action=action)
-        yield Scenario(layout=ONE, faults=(fault,), troubles=(cut,), expect="back", ci=do == "error")
+        expect: Expect = "back" if do == "kill" else "on"
+        yield Scenario(layout=ONE, faults=(fault,), troubles=(cut,), expect=expect, ci=do == "error")
 
 
 def proofs() -> list[Scenario]:
@@ -271,5 +282,6 @@ def proofs() -> list[Scenario]:
 def every() -> list[Scenario]:
     """All of them; no two have the same name."""
     found = [*one_replica(), *coordinators(), *two_replicas(), *deaths(), *newcomers(), *lines(), *redialling()]
+    found = [replace(s, ci=s.ci and not any(word in s.name for word in SLOW)) for s in found]
     assert len({s.name for s in found}) == len(found), "two scenarios are the same"
     return found

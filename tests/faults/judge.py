@@ -37,6 +37,9 @@ class Result:
     observed: str = ""
     seconds: float = 0.0
     recovery: float | None = None
+    detected: float | None = None  # from a death to when the coordinator knows of it
+    redispatched: float | None = None  # from there to the next step's loss
+    reopened: float | None = None  # from a coordinator's new start to the next lease or step
     problems: list[str] = field(default_factory=list)
     story: str = ""
 
@@ -99,6 +102,15 @@ class Place:
         kinds = [kind for _, kind, _ in events]
         result.observed = observed(kinds, crew)
         result.recovery = recovery(fired, events, points)
+        lost = [at for at, kind, _ in events if kind == "Rerouted"]
+        deaths = [f["time"] for f in fired if f["do"] in ("kill", "stop")]
+        if lost and deaths and deaths[0] < lost[0]:
+            result.detected = lost[0] - deaths[0]
+        if lost:
+            result.redispatched = min((at - lost[-1] for at in points if at > lost[-1]), default=None)
+        if scenario.expect == "again" and kinds.count("RunOpened") > 1:
+            opened = [at for at, kind, _ in events if kind == "RunOpened"][1]
+            result.reopened = min((at - opened for at in points if at > opened), default=None)
         if not expected(scenario, kinds):
             wrong(f"expected: {scenario.expect}; observed: {result.observed}")
         if result.problems:
@@ -127,7 +139,8 @@ class Place:
         result.problems += told["problems"]
         if told["model"] != model:
             result.problems.append("the published model is not what the oracle comes to")
-        if scenario.layout.name == "2x1" and (scenario.faults or scenario.troubles):
+        struck = scenario.faults or scenario.troubles
+        if scenario.layout.name == "2x1" and struck and not told["moments_lost"]:
             key = scenario.layout.name, scenario.steps, repr(scenario.changes.get("sync"))
             if key not in self._calm:
                 calm = replace(scenario, faults=(), troubles=(), expect="on")
@@ -156,7 +169,7 @@ def ask(scenario: Scenario, crew: Crew, answer: Path) -> None:
     ]
     oracle.replay({peer: read_record(crew.folder / f"{n}.record") for peer, n in crew.peers.items()}, rounds)
     tensors = {name: (list(t.shape), t.contiguous().numpy().tobytes()) for name, t in oracle.weights.items()}
-    answer.write_text(json.dumps({"problems": oracle.problems, "model": fingerprint(tensors)}))
+    answer.write_text(json.dumps({"problems": oracle.problems, "moments_lost": oracle.moments_lost, "model": fingerprint(tensors)}))
 
 
 def fingerprint(tensors: dict[str, tuple[list[int], bytes]]) -> str:

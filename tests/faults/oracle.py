@@ -122,6 +122,7 @@ class Oracle:
         self.manifest: Manifest = self.data.manifest
         self.points: dict[tuple[str, str, int, int], State] = {}  # peer, kind, generation, step
         self.problems: list[str] = []
+        self.moments_lost = False  # a stage went on from a redo log, which has the weights alone
         self.weights: dict[str, Tensor] = {}
 
     def replay(self, records: Mapping[str, Sequence[Op]], rounds: Sequence[Round]) -> None:
@@ -142,20 +143,21 @@ class Oracle:
         return seat.begin["origin"][0] == "init" or self._holder(seat) is not None
 
     def _holder(self, seat: Seat) -> State | None:
-        """Its own state, or anybody's of the same layers."""
+        """Its own state, or anybody's of the same layers with the moments that it got."""
         kind, generation, step = seat.begin["origin"]
-        if own := self.points.get((seat.peer, kind, generation, step)):
-            if (own.point.first_layer, own.point.last_layer) == seat.layers:
-                return own
+        if kind == "step":
+            return self.points.get((seat.peer, kind, generation, step))
         states = [s for (_, k, g, at), s in self.points.items() if (k, g, at) == (kind, generation, step)]
         found = [s for s in states if (s.point.first_layer, s.point.last_layer) == seat.layers]
-        return self._given(seat, found[0]) if found and seat.begin["taken"] else None
+        return self._given(seat, found[0]) if found else None
 
     def _given(self, seat: Seat, holder: State) -> State:
-        """A newcomer's state: the weights are known here, the moments must be somebody's, or begin anew."""
+        """The weights are known here; the moments must be somebody's, or begin anew."""
         m, v, updates = torch.load(seat.begin["taken"])
         known = [s for s in self.points.values() if s.g.shape == holder.g.shape]
-        if m is not None and not any(same(s.m, m) and same(s.v, v) and s.updates == updates for s in known):
+        if m is None:
+            self.moments_lost = True
+        elif not any(same(s.m, m) and same(s.v, v) and s.updates == updates for s in known):
             self.problems.append(f"{seat.peer[:8]} starts with moments that nobody had")
         return replace(holder.shared(), m=m, v=v, updates=updates)
 

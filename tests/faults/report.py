@@ -86,7 +86,7 @@ def conditions(results: Sequence[Result], seconds: float, times: int, width: int
     return [
         "## Conditions\n",
         f"- potluck {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()},"
-        f" {os.cpu_count()} cores, no GPU; {width} runs at a time, each scenario {times} times, {seconds:.0f} s in all"
+        f" {os.cpu_count()} cores, no GPU, load {os.getloadavg()[2]:.1f} (others' work included); {width} runs at a time, each scenario {times} times, {seconds:.0f} s in all"
         f" (a run: {statistics.median(r.seconds for r in results):.1f} s in the median)",
         "- 2 layers of width 32, 16 tokens, 24 steps, a dense round every 3 steps applied one step late, fp32"
         " throughout; every committed round is saved to disk",
@@ -111,4 +111,18 @@ def summary(rows: Sequence[Row]) -> list[str]:
         if group:
             numbers = (f"{statistics.median(found):.2f}", f"{p95(found):.2f}", f"{max(found):.2f}") if found else "---"
             text.append(f"| {words} | {len(group)} | {' | '.join(numbers)} |")
+    lasting = [r for row in rows for r in row.results if not row.scenario.restart]
+    hung = [r for row in rows for r in row.results if any(t.mode == "stop" for t in row.scenario.troubles)]
+    every_one = [r for row in rows for r in row.results]
+    text += ["", "| how long | runs | median, s | p95 | longest |", "| --- | --- | --- | --- | --- |"]
+    for words, found in (
+        ("from a death for good to when it is known (a line is waited for 3 s)", [r.detected for r in lasting]),
+        ("from a process that stops to when it is given up (silence: 2 s here)", [r.detected for r in hung]),
+        ("from when a loss is known to the next step of all", [r.redispatched for r in every_one]),
+        ("from a coordinator's new start to the next step of all", [r.reopened for r in every_one]),
+    ):
+        if seen := [x for x in found if x is not None]:
+            text.append(
+                f"| {words} | {len(seen)} | {statistics.median(seen):.2f} | {p95(seen):.2f} | {max(seen):.2f} |"
+            )
     return text

@@ -65,6 +65,7 @@ def same(one: RunState, other: RunState) -> bool:
             state,
             since=round(state.since, 6),
             last_join=round(state.last_join, 6),
+            unaware={p: round(at, 6) for p, at in state.unaware.items()},
             pace=replace(
                 pace := state.pace,
                 since=round(pace.since, 6),
