@@ -48,7 +48,7 @@ def choose(rules: Rules, state: RunState, now: float) -> Start | Wait:
 
 def pause_seconds(broken: int) -> float:
     """How long to wait for a plan when so many in a row have ended over what does not mend by itself."""
-    return 0.0 if broken < 2 else min(2.0 ** (broken - 2), MOST_PAUSE_SECONDS)
+    return 0.0 if broken < 2 else min(2.0 ** min(broken - 2, 10), MOST_PAUSE_SECONDS)
 
 
 def without(state: RunState, peers: set[str]) -> RunState:
