@@ -237,7 +237,11 @@ class Hub:
         durable = [*(c for c in commands if not isinstance(c, Dismiss)), *keep(self.state, state)]
         if durable or heard.statements:
             await self.read(self.store.write, durable, now, heard.statements)
-        fewer = self.state.members.keys() - state.members.keys() or self.state.unaware != state.unaware or any(isinstance(what, Gone) for what, _, _ in batch)
+        fewer = (
+            self.state.members.keys() - state.members.keys()
+            or self.state.unaware != state.unaware
+            or any(isinstance(what, Gone) for what, _, _ in batch)
+        )
         changed = state.phase != self.state.phase or fewer
         self._awake = self.clock()
         waited = self._awake - now

@@ -8,7 +8,6 @@ from ..protocol.plan import Plan, SavePoint, StagePlan
 from .assignment import Offer, assign
 from .state import Mark, Member, Rules, RunState
 
-
 BEGINNING = Mark(kind="init", generation=0, step=0, sample=0)
 MOST_PAUSE_SECONDS = 30.0
 

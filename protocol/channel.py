@@ -126,7 +126,6 @@ class Channel:
             self._part(Bye())
             await asyncio.wait({self._session}, timeout=LINGER_SECONDS)
         self.abort(UnreachableError("this side has closed the channel", code="closed"))
-        await self.join()
 
     async def _say_goodbye(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""Ways that stay broken: no storm of plans, who can be done without is left out, and a run that lost all begins again."""
+"""Ways that stay broken: no storm of plans, one who can be spared is left out; a run that lost all begins again."""
 
 from __future__ import annotations
 

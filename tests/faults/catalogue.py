@@ -129,7 +129,9 @@ def coordinators() -> Iterator[Scenario]:
         yield at(ONE, "coordinator", point, "delay", hit, "on", ci=point == "coordinator.acks")
     for point in ("coordinator.store.commit", "coordinator.store.committed", "coordinator.view"):
         yield at(ONE, "coordinator", point, "stop", dict(COORDINATOR)[point], "on")
-        yield at(TWO, "coordinator", point, "kill", 2 * dict(COORDINATOR)[point], "again", ci=point.endswith("view"))
+        yield at(
+            TWO, "coordinator", point, "kill", 3 * dict(COORDINATOR)[point] // 2, "again", ci=point.endswith("view")
+        )
     for hit in (5, 15, 30):
         yield at(ONE, "coordinator", "coordinator.store.commit", "full", hit, "still", ci=hit == 30)
     yield at(TWO, "coordinator", "coordinator.store.commit", "full", 40, "still")

@@ -169,7 +169,9 @@ def ask(scenario: Scenario, crew: Crew, answer: Path) -> None:
     ]
     oracle.replay({peer: read_record(crew.folder / f"{n}.record") for peer, n in crew.peers.items()}, rounds)
     tensors = {name: (list(t.shape), t.contiguous().numpy().tobytes()) for name, t in oracle.weights.items()}
-    answer.write_text(json.dumps({"problems": oracle.problems, "moments_lost": oracle.moments_lost, "model": fingerprint(tensors)}))
+    answer.write_text(
+        json.dumps({"problems": oracle.problems, "moments_lost": oracle.moments_lost, "model": fingerprint(tensors)})
+    )
 
 
 def fingerprint(tensors: dict[str, tuple[list[int], bytes]]) -> str:

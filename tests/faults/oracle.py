@@ -153,7 +153,7 @@ class Oracle:
 
     def _given(self, seat: Seat, holder: State) -> State:
         """The weights are known here; the moments must be somebody's, or begin anew."""
-        m, v, updates = torch.load(seat.begin["taken"])
+        m, v, updates = torch.load(seat.begin["taken"], weights_only=True)  # noqa: TID251
         known = [s for s in self.points.values() if s.g.shape == holder.g.shape]
         if m is None:
             self.moments_lost = True

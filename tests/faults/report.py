@@ -86,7 +86,9 @@ def conditions(results: Sequence[Result], seconds: float, times: int, width: int
     return [
         "## Conditions\n",
         f"- potluck {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()},"
-        f" {os.cpu_count()} cores, no GPU, load {os.getloadavg()[2]:.1f} (others' work included); {width} runs at a time, each scenario {times} times, {seconds:.0f} s in all"
+        f" {os.cpu_count()} cores, no GPU,"
+        f" load {os.getloadavg()[2]:.1f} (others' work included); {width} runs at a time, each scenario {times} times,"
+        f" {seconds:.0f} s in all"
         f" (a run: {statistics.median(r.seconds for r in results):.1f} s in the median)",
         "- 2 layers of width 32, 16 tokens, 24 steps, a dense round every 3 steps applied one step late, fp32"
         " throughout; every committed round is saved to disk",

@@ -18,7 +18,6 @@ from potluck.protocol.ticket import Ticket
 from .record import record
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Times:
     """Patience, shortened where waiting for it would make a scenario long; None: as it is."""
