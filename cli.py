@@ -238,6 +238,13 @@ def worker() -> None:
     show_default=True,
     help="Speed against an ordinary machine.",
 )
+@click.option(
+    "--patience-minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="How long to go on dialling a coordinator that does not answer.",
+)
 @click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu or cuda.")
 @click.option(
     "--state-mbps",

@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
 HANG_SECONDS = 2.0  # of one write, or between two turns: from here on the time counts for nobody
 BATCH = 500
+REDIALS_SECONDS = (60.0, 4.0), (600.0, 11.0)  # whose line broke less than so long ago dials at least so often
 MOST_WAITING_NBYTES = 256 * 1024  # of one worker's reports, before no more of them is read
 REPORT_NBYTES = 200  # that a report costs beside its own
 
@@ -137,10 +138,16 @@ class Hub:
                     return self.standing
 
     async def until_alone(self, seconds: float) -> None:
-        """Waits until every worker has hung up and its last words are on disk, at most ``seconds``."""
+        """Waits until every worker has hung up and its last words are on disk, at most ``seconds``, and until those
+        whose lines had broken have had the time to dial again and hear of the end."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: self.failed or not (self.lines or self.state.members))
+        now, unaware = self.clock(), self.state.unaware.values()
+        redials = [next((pause for most, pause in REDIALS_SECONDS if now - at < most), 0.0) for at in unaware]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(redials, default=0.0)), self._changed:
+                await self._changed.wait_for(lambda: self.failed or not (self.lines or self.state.unaware))
 
     def connect(self, line: Line) -> None:
         """A worker has dialled; an older line of its session is closed."""
@@ -230,7 +237,11 @@ class Hub:
         durable = [*(c for c in commands if not isinstance(c, Dismiss)), *keep(self.state, state)]
         if durable or heard.statements:
             await self.read(self.store.write, durable, now, heard.statements)
-        fewer = self.state.members.keys() - state.members.keys() or any(isinstance(what, Gone) for what, _, _ in batch)
+        fewer = (
+            self.state.members.keys() - state.members.keys()
+            or self.state.unaware != state.unaware
+            or any(isinstance(what, Gone) for what, _, _ in batch)
+        )
         changed = state.phase != self.state.phase or fewer
         self._awake = self.clock()
         waited = self._awake - now

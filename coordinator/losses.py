@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from . import events as ev
 from .pace import Pace
+from .planning import is_dispensable
 from .state import Bar, Member, Relet, Rules, RunState
-from .turn import Turn
+from .turn import Turn, needed
 
 BAR_SECONDS, MOST_BAR_SECONDS = 30.0, 3600.0  # before somebody that was given up is taken in again
 
@@ -65,22 +68,32 @@ class Losses(Turn):
         return True
 
     def parted(self, member: Member, other: str, what: str) -> None:
-        """Two peers do not reach each other: the generation goes on without one of them if it can."""
+        """Two peers do not reach each other: the generation goes on without one of them if it can, else the next
+        begins without one of them if it can."""
         beyond = self.state.members.get(other)
-        assert self.state.plan is not None
-        if beyond is None or other not in self.state.plan.peers or beyond.away is not None:
+        if beyond is None or not needed(self.state, other) or beyond.away is not None:
             return  # it is given up already, or is about to be
-        if not any(self.given_up(m) for m in (beyond, member)):
-            self.abort(f"{member.name}: {what}")
+        if any(self.given_up(m) for m in (beyond, member)):
+            return
+        self.set(broken=(*self.state.broken, (member.peer, other)))
+        ways = Counter(peer for way in self.state.broken for peer in way)
+        for one in sorted((beyond, member), key=lambda m: -ways[m.peer]):
+            if is_dispensable(self.rules, self.state, one.peer, self.now):
+                self.bar(one)
+                break
+        self.abort(f"{member.name}: {what}")
 
     def given_up(self, member: Member) -> bool:
         """Goes on without a peer that may live, if that is possible; it is not taken in again for a while."""
         if not self.go_on_without(member):
             return False
+        self.bar(member)
+        return True
+
+    def bar(self, member: Member) -> None:
         times = self.state.barred[member.peer].times if member.peer in self.state.barred else 0
         bar = Bar(until=self.now + min(BAR_SECONDS * 2**times, MOST_BAR_SECONDS), times=times + 1)
         self.set(barred={**self.state.barred, member.peer: bar})
-        return True
 
     def look_for_hangs(self) -> None:
         """When no step is done for longer than it ever takes, those who do not wait for others are given up."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..protocol.plan import Plan, SavePoint, StagePlan
 from .assignment import Offer, assign
 from .state import Mark, Member, Rules, RunState
+
+BEGINNING = Mark(kind="init", generation=0, step=0, sample=0)
+MOST_PAUSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,37 @@ def choose(rules: Rules, state: RunState, now: float) -> Start | Wait:
     """The newest point that can be gone on from with the peers that are here.
 
     A stop between two rounds needs the very peers that saved it; a committed round one holder of every stage. An
-    older point is taken only after ``patience_seconds`` without the holders of the newer one.
+    older point is taken only after ``patience_seconds`` without the holders of the newer one, in the end the run's
+    beginning. Who is barred is left out where that changes nothing else.
     """
+    if (pause := pause_seconds(len(state.broken))) and now - state.since < pause:
+        return Wait(f"workers do not reach each other: the next plan in {pause:.0f} s")
+    found = choose_among(rules, state, now)
+    barred = {p for p in state.members if p in state.barred and now < state.barred[p].until}
+    if barred and isinstance(found, Start):
+        fewer = choose_among(rules, without(state, barred), now)
+        if isinstance(fewer, Start) and fewer.mark == found.mark:
+            return fewer
+    return found
+
+
+def pause_seconds(broken: int) -> float:
+    """How long to wait for a plan when so many in a row have ended over what does not mend by itself."""
+    return 0.0 if broken < 2 else min(2.0 ** min(broken - 2, 10), MOST_PAUSE_SECONDS)
+
+
+def without(state: RunState, peers: set[str]) -> RunState:
+    return replace(state, members={p: m for p, m in state.members.items() if p not in peers})
+
+
+def is_dispensable(rules: Rules, state: RunState, peer: str, now: float) -> bool:
+    """Whether a plan can begin at the same point without ``peer``."""
+    found, fewer = choose_among(rules, state, now), choose_among(rules, without(state, {peer}), now)
+    return isinstance(found, Start) and isinstance(fewer, Start) and fewer.mark == found.mark
+
+
+def choose_among(rules: Rules, state: RunState, now: float) -> Start | Wait:
+    """The same of all members, at once."""
     if any(m.away is not None for m in state.members.values()):
         return Wait("a worker's line broke: it has a moment to dial again")
     free = {p: m for p, m in state.members.items() if not m.leaving}
@@ -54,7 +86,7 @@ def choose(rules: Rules, state: RunState, now: float) -> Start | Wait:
         if patient:
             gap = next(i for i, peers in enumerate(held) if not peers)
             return Wait(f"nobody here holds stage {gap} as of step {mark.step}: its workers must come back")
-    return Wait("nobody here holds any state of this run")
+    return seated(rules, state, BEGINNING, [[] for _ in rules.layers])
 
 
 def seated(rules: Rules, state: RunState, mark: Mark, held: list[list[str]]) -> Start | Wait:
@@ -136,6 +168,8 @@ def make_plan(rules: Rules, state: RunState, start: Start) -> Plan:
     """The next generation's plan."""
     mark, members = start.mark, state.members
     held = start.seats if mark.kind == "step" else holders(rules, state, mark)
+    seated = {peer for peers in start.seats for peer in peers}
+    held = [[p for p in peers if p in seated] or peers for peers in held]  # who is left out gives only what nobody has
     return Plan(
         generation=state.generation + 1,
         first_step=mark.step,

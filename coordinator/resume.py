@@ -58,7 +58,15 @@ def keep(before: RunState, after: RunState) -> list[Keep]:
     course = course_of(after)
     if course != course_of(before):
         values["course"] = msgspec.to_builtins(course)
+    if (unaware := unaware_of(after)) != unaware_of(before):
+        values["unaware"] = unaware
     return [Keep(values=values)] if values else []
+
+
+def unaware_of(state: RunState) -> dict[str, float]:
+    """Who has to be told how the run ended, should this process end first."""
+    ended = state.phase in ("finished", "stopped")
+    return {**state.unaware, **({peer: state.since for peer in state.members} if ended else {})}
 
 
 def going_on(state: RunState) -> Plan | None:
@@ -103,6 +111,8 @@ def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
     A stop that was asked for is forgotten: who starts a run again wants it to go on.
     """
     try:
+        unaware = msgspec.convert(store.meta("unaware", {}), dict[str, float])
+        state = replace(state, unaware=unaware)
         crew = msgspec.convert(store.meta("crew"), Crew | None)
         course = msgspec.convert(store.meta("course"), Course | None)
         if crew is None or course is None:

@@ -273,6 +273,7 @@ class Machine(Losses):
             committed=mark,
             marks=older[:KEPT_MARKS],
             rounds=state.rounds + 1,
+            broken=(),
             rounds_done={s: r for s, r in state.rounds_done.items() if s > mark.step},
         )
         self.journal(

@@ -100,7 +100,8 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """No generation is ended for this peer's sake before ``until``; each time it takes longer."""
+    """No generation is ended for this peer's sake before ``until``, and none has it that can do without it; each time
+    it takes longer."""
 
     until: float
     times: int
@@ -133,6 +134,8 @@ class RunState:
     held: float | None = None  # since when a stage has too few replicas
     degraded: bool = False  # nobody came, and the run goes on all the same
     barred: Mapping[str, Bar] = field(default_factory=dict)  # who was given up though it lives
+    unaware: Mapping[str, float] = field(default_factory=dict)  # who may be dialling still, and since when
+    broken: tuple[tuple[str, str], ...] = ()  # who and whom: faults that ended generations since the last round
     leased_at: Mapping[int, float] = field(default_factory=dict)  # step -> when its leases expire
     losses: Mapping[int, Mapping[str, pb.StepDone]] = field(default_factory=dict)
     rounds_done: Mapping[int, Mapping[str, pb.RoundDone]] = field(default_factory=dict)

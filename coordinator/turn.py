@@ -13,6 +13,7 @@ from . import events as ev
 from .state import Command, Dismiss, Journal, Member, Point, Rules, RunState
 
 TRANSFER_LEASES = 30  # leases' time that taking over a stage, or publishing it, may take
+UNAWARE_SECONDS = 600.0  # that a worker dials in vain, if its owner says nothing else
 STATE_LENGTH = 20  # of the word a worker says of itself
 MOST_HELD = 1000
 FAULT_LENGTH = 300  # of a peer's text, in the log and in everybody's note
@@ -44,6 +45,8 @@ class Turn(ABC):
     # What comes in.
 
     def joined(self, member: Member) -> None:
+        if member.peer in self.state.unaware:
+            self.set(unaware={p: at for p, at in self.state.unaware.items() if p != member.peer})
         present = self.state.members.get(member.peer)
         if present and present.away is not None and present.session != member.session:
             self.lost(present)  # one key, one process: the old one is no more
@@ -97,6 +100,9 @@ class Turn(ABC):
         wanted = needed(self.state, member.peer)
         self.journal(ev.PeerGone(peer=member.peer, name=member.name, graceful=released(self.state, member.peer)))
         self.set(members={p: m for p, m in self.state.members.items() if p != member.peer})
+        if member.state != "leaving":
+            recent = {p: at for p, at in self.state.unaware.items() if self.now - at < UNAWARE_SECONDS}
+            self.set(unaware={**recent, member.peer: self.now})
         if wanted and not self.go_on_without(member):
             self.abort(f"{member.name} is gone")
 
@@ -204,18 +210,25 @@ class Turn(ABC):
     def fault(self, member: Member, message: pb.Fault) -> None:
         what = " ".join(message.text.split())[:FAULT_LENGTH]
         self.journal(ev.Faulted(peer=member.peer, name=member.name, what=what))
-        holder, plan = self.state.members.get(message.peer), self.state.plan
-        if self.state.phase == "preparing" and holder and plan:  # what the plan starts from is not there after all
+        if message.missing:
+            self.lacks_origin(message.peer)
+        elif message.peer and message.peer != member.peer:
+            self.parted(member, message.peer, what)
+            return
+        else:
+            self.set(broken=(*self.state.broken, (member.peer, member.peer)))
+        self.abort(f"{member.name}: {what}")
+
+    def lacks_origin(self, peer: str) -> None:
+        """What the plan starts from is not there after all."""
+        holder, plan = self.state.members.get(peer), self.state.plan
+        if self.state.phase == "preparing" and holder and plan:
             origin = (plan.origin_generation, plan.first_step)
             kept, held = (
                 frozenset(s for s in points if (s.generation, s.step) != origin)
                 for points in (holder.savepoints, holder.held)
             )
             self.member(replace(holder, savepoints=kept, held=held))
-        if self.state.phase == "training" and plan and message.peer and message.peer != member.peer:
-            self.parted(member, message.peer, what)
-        else:
-            self.abort(f"{member.name}: {what}")
 
     def uploaded(self, at: int, path: str) -> None:
         self.journal(ev.Published(step=at, path=path))

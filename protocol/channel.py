@@ -120,6 +120,13 @@ class Channel:
                 code="unacknowledged",
             )
 
+    async def hang_up(self) -> None:
+        """End the channel, whatever is not acknowledged; a peer that can be told right now is told."""
+        if self._ended is None and self._session is not None and not self._session.done():
+            self._part(Bye())
+            await asyncio.wait({self._session}, timeout=LINGER_SECONDS)
+        self.abort(UnreachableError("this side has closed the channel", code="closed"))
+
     async def _say_goodbye(self) -> None:
         while True:
             await self._until(lambda: self._session is not None and not self._session.done())

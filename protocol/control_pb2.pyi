@@ -313,14 +313,16 @@ class Leaving(_message.Message):
     def __init__(self) -> None: ...
 
 class Fault(_message.Message):
-    __slots__ = ("generation", "text", "peer")
+    __slots__ = ("generation", "text", "peer", "missing")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
     generation: int
     text: str
     peer: str
-    def __init__(self, generation: _Optional[int] = ..., text: _Optional[str] = ..., peer: _Optional[str] = ...) -> None: ...
+    missing: bool
+    def __init__(self, generation: _Optional[int] = ..., text: _Optional[str] = ..., peer: _Optional[str] = ..., missing: _Optional[bool] = ...) -> None: ...
 
 class Traffic(_message.Message):
     __slots__ = ("peer", "direction", "purpose", "nbytes", "dense_nbytes")

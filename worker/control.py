@@ -89,9 +89,11 @@ class Control:
         meter: Meter,
         savepoints: Callable[[], list[SavePoint]],
         on_view: Callable[[View], None],
+        patience_minutes: float = 10.0,
     ) -> None:
         self.ticket, self.identity, self.meter = ticket, identity, meter
         self.savepoints, self.on_view = savepoints, on_view
+        self.patience_minutes = patience_minutes
         self.welcome: asyncio.Future[pb.Welcome] = asyncio.get_running_loop().create_future()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.state = "loading"
@@ -127,6 +129,12 @@ class Control:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._channel:
             await self._channel.close()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the coordinator was given up."""
+        error = self.ended.exception() if self.ended.done() else None
+        return isinstance(error, UnreachableError) and error.code == "gone"
 
     def report(self, **body: object) -> None:
         """Queues a report, from any thread; it is repeated until the coordinator has it on disk."""
@@ -164,6 +172,15 @@ class Control:
             if self._welcomed >= began:
                 broken = now
                 tries = 0 if now - self._welcomed > HEARTBEAT_SECONDS else tries
+            if self.welcome.done() and now - broken > self.patience_minutes * 60.0:
+                self._end(
+                    UnreachableError(
+                        f"the coordinator has not answered for {self.patience_minutes:g} minutes",
+                        hint="This worker's part is saved: ask whether the run goes on, and run the same command.",
+                        code="gone",
+                    )
+                )
+                return
             await asyncio.sleep(random.uniform(0.5, 1.0) * pause_seconds(tries, now - broken))
             tries += 1
 

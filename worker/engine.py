@@ -150,7 +150,7 @@ class Engine:
         except MissingError as error:
             log.warning("%s", error)
             self.local = replace(self.local, generation=plan.generation, seated=False)
-            self.hq.report(fault=pb.Fault(generation=plan.generation, text=str(error), peer=error.holder))
+            self.hq.report(fault=pb.Fault(generation=plan.generation, text=str(error), peer=error.holder, missing=True))
             return
         failpoint("worker.seat.fetched")
         if state is None:
@@ -366,16 +366,18 @@ class Engine:
         self.local = replace(self.local, saved=step)
         self.hq.report(saved=pb.Saved(generation=self.local.generation, savepoint=point.to_proto()))
 
+    def save_committed(self) -> None:
+        """After ``run``: the last committed round to disk. ``StateError`` if that cannot be."""
+        self._save_committed(self.views.newest[0])
+
     def _save_committed(self, view: View) -> None:
         if state := self._committed_state(view):
             self.points.save(state)
 
     def _publish(self, step: int) -> None:
         assert self.stage and self._seat
-        found = [p for p in self.points.points() if p.kind == "round" and p.step == step]
-        state = None
-        if found:
-            state = self.points.find("round", found[-1].generation, step, (self.stage.first, self.stage.last))
+        made = [p.generation for p in self.points.points() if p.kind == "round" and p.step == step]
+        state = self.points.find("round", made[-1], step, (self.stage.first, self.stage.last)) if made else None
         if state is None:
             raise WireError(f"the round of step {step} is not here any more")
         tensors = {name: t.contiguous() for name, t in self.stage.named(state.g).items()}

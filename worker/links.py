@@ -155,30 +155,43 @@ class Links:
                     await channel.drain()
 
     async def _send_all(self, lane: Lane, outbox: asyncio.Queue[Frame]) -> None:
-        """A lane's life: dials when there is something to send, and again after a channel that ended at rest."""
+        """A lane's life: dials when there is something to send, and again after a channel that ended at rest.
+
+        What cannot be sent ends it with a fault of that frame's generation; one that is over has no faults any more.
+        """
         peer, load = lane
         channel: Channel | None = None
         ended: asyncio.Task[Frame] | None = None
+        generation = 0  # of what was sent last
         waiting = asyncio.ensure_future(outbox.get())
         try:
             while True:
                 await asyncio.wait({waiting, *([ended] if ended else [])}, return_when=asyncio.FIRST_COMPLETED)
-                if channel is not None and ended is not None and ended.done():
-                    ended.exception()
-                    await channel.drain()  # raises if something we sent was never acknowledged
+                try:
+                    if channel is not None and ended is not None and ended.done():
+                        ended.exception()
+                        await channel.drain()  # raises if something we sent was never acknowledged
+                        channel = ended = None
+                    if not waiting.done():
+                        continue
+                    frame = waiting.result()
+                    waiting = asyncio.ensure_future(outbox.get())
+                    if self._is_current(lane, frame):
+                        generation = frame.header.generation
+                        if load is Load.STATE:
+                            await self._give_way()
+                        if channel is None:
+                            channel = self._channels[lane] = await self._dial(peer)
+                            ended = asyncio.create_task(channel.recv())  # nobody answers: it ends with the channel
+                        await failpoint_async("worker.link.send", UnreachableError)
+                        await channel.send(frame)
+                except PotluckError as error:
+                    if load is Load.STATE or self.plan is None or generation == self.plan.generation:
+                        raise
+                    log.info("what was left for %s is of a generation that is over: %s", peer[:8], error)
+                    if channel is not None:
+                        channel.abort(error)
                     channel = ended = None
-                if not waiting.done():
-                    continue
-                frame = waiting.result()
-                waiting = asyncio.ensure_future(outbox.get())
-                if self._is_current(lane, frame):
-                    if load is Load.STATE:
-                        await self._give_way()
-                    if channel is None:
-                        channel = self._channels[lane] = await self._dial(peer)
-                        ended = asyncio.create_task(channel.recv())  # nobody answers here: it ends with the channel
-                    await failpoint_async("worker.link.send", UnreachableError)
-                    await channel.send(frame)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -186,8 +199,8 @@ class Links:
                 log.exception("the way to %s broke", peer[:8])
             if load is Load.STATE:
                 log.info("no state goes to %s or is asked for there: %s", peer[:8], error)
-            elif self.plan is not None:
-                self.on_fault(self.plan.generation, peer, f"cannot send to {peer[:8]}: {error}")
+            else:
+                self.on_fault(generation, peer, f"cannot send to {peer[:8]}: {error}")
         finally:
             waiting.cancel()
             if self._channels.get(lane) is channel:
@@ -196,7 +209,7 @@ class Links:
                 ended.cancel()
                 await asyncio.gather(ended, return_exceptions=True)
             if channel is not None:
-                channel.abort(UnreachableError("not needed any more"))
+                await channel.hang_up()
 
     async def _dial(self, peer: str) -> Channel:
         assert self._transport is not None
@@ -217,21 +230,28 @@ class Links:
         task.add_done_callback(self._readers.discard)
 
     async def _receive(self, channel: Channel) -> None:
+        """What comes in on a channel. A frame that is refused comes to nobody: that is a fault, told at once."""
+        header: Header | None = None
         try:
             while True:
+                header = None
                 frame = await channel.recv()
-                await failpoint_async("worker.link.receive", WireError)
                 header = frame.header
+                await failpoint_async("worker.link.receive", WireError)
                 if header.kind in STATES:
                     self.on_state(channel.peer_id, frame)
-                else:
-                    if not self.mailbox.put(Address.of(header, channel.peer_id), frame):
-                        raise WireError(f"{channel.peer_id[:8]} sends more than anybody asked for")
+                elif not self.mailbox.put(Address.of(header, channel.peer_id), frame):
+                    raise WireError("it sends more than anybody asked for")
         except WireError as error:
-            log.warning("%s", error)
             channel.abort(error)
+            generation = header.generation if header else self.plan.generation if self.plan else 0
+            if self.admit(channel.peer_id) and not (header and header.kind in STATES):  # who asked will ask again
+                self.on_fault(generation, channel.peer_id, f"refused what {channel.peer_id[:8]} sends: {error}")
         except PotluckError:
             pass  # the other side dials again if it has more to say
+        except asyncio.CancelledError:
+            await channel.hang_up()
+            raise
 
 
 def frame_check(

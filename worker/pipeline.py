@@ -313,6 +313,7 @@ class Pipeline:
         lanes = [Lane(step, m) for m in new for step in range(plan.since(seat.stage, m), self._begun)]
         self._inherited.update(lanes)
         self._add(lanes)
+        failpoint("worker.rerouted")
 
     # The held-out loss.
 

@@ -59,7 +59,7 @@ class Session:
         self.points, self.views, self.mailbox = SavePoints(self.folder), Views(), Mailbox()
         self.links = Links(self.mailbox, self.on_state, self.fault)
         self.states = States(self.run_name, self.points, self.layers_of, self.links.post, config.state_mbps)
-        self.control = Control(ticket, identity, meter, self.points.points, self.follow)
+        self.control = Control(ticket, identity, meter, self.points.points, self.follow, config.patience_minutes)
         self._checks: list[Callable[[Header], None]] = []
         self._layers: list[tuple[int, int]] = []
         self._told = ""
@@ -75,6 +75,7 @@ class Session:
             port=self.config.port,
         )
         thread: threading.Thread | None = None
+        engine: Engine | None = None
         computed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
             addresses = await self.links.start(transport)
@@ -106,6 +107,8 @@ class Session:
             self.mailbox.close()
             if thread is not None:
                 await asyncio.to_thread(thread.join, JOIN_SECONDS)
+            if engine is not None and self.control.is_gone:
+                await asyncio.to_thread(engine.save_committed)
             await asyncio.to_thread(self.states.close)
             await self.links.close()
             await self.control.close()  # last: what the links cost to the end is in its last totals

@@ -91,9 +91,9 @@ def test_a_donor_that_does_not_hold_the_state_after_all_is_not_named_again() -> 
     run.do(Gone(peer="d"))
     stage = next(i for i, peers in enumerate(run.donors) if len(peers) == 2)
     liar, heir = run.donors[stage]
-    run.say(liar, fault=pb.Fault(generation=run.plan.generation, text="damaged", peer=liar))
+    run.say(liar, fault=pb.Fault(generation=run.plan.generation, text="damaged", peer=liar, missing=True))
     assert run.state.phase == "preparing" and run.donors[stage] == [heir]
-    run.say(liar, fault=pb.Fault(generation=run.plan.generation, text="not there", peer=heir))
+    run.say(liar, fault=pb.Fault(generation=run.plan.generation, text="not there", peer=heir, missing=True))
     assert run.state.phase == "waiting" and f"nobody here holds stage {stage}" in run.state.note
 
 

@@ -57,6 +57,9 @@ def run(names: list[str], options: argparse.Namespace) -> int:
                     if result.problems:
                         print("\n".join(result.problems), result.story, sep="\n")
                     sys.stdout.flush()
+            except KeyboardInterrupt:
+                print("interrupted: what is done so far")
+                break
             finally:
                 pool.close()
     took = time.monotonic() - started

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from potluck.protocol.failpoints import Action, Do
 
 from .roles import Times
-from .scenario import GROWS, ONE, TWO, Expect, Fault, Layout, Mode, Scenario, Trouble
+from .scenario import GROWS, ONE, THREE, TWO, Expect, Fault, Layout, Mode, Scenario, Trouble
 
 SHORT = Times(silence_seconds=2.0, heartbeat_seconds=0.5, give_up_seconds=2.0)
+SLOW = (  # words of what CI leaves out
+    *("2x1 anna:worker.forward:kill", "2x1 anna:worker.activation.sent:kill", "2x1 anna:worker.update:kill"),
+    *("2x1 anna:worker.updated:kill", "2x1 anna:worker.round.done:kill", "2x1 anna:worker.link", "acks:delay"),
+    *("2x1 anna:worker.control.view:kill", "2x1 ben:worker.backward:error", "hello.accepted", "upload.written"),
+    *("2x2 anna:worker.activation.sent", "2x2 anna:worker.updated", "2x2 anna:worker.link.send", "upload.piece:full@1"),
+    *("2x1 ben-coordinator:late", "worker.leave:kill", "to-carl:cut 0.5s", "2x1 anna:stop", "worker.upload:error"),
+)
 MID = 20  # a hit in the middle of a run, for places that are reached with every microbatch
 WELL = 10  # steps done, so that a round older than the newest one is on disk as well
-SOON = {"coordinator": {"lease_seconds": 2.0}}  # leases end soon: the only end of a wait for a frame that was refused
 STOP_SECONDS = 1.0
 
 
@@ -25,13 +32,17 @@ def at(
     expect: Expect,
     *,
     seconds: float = 0.0,
+    with_: tuple[str, str, int] | None = None,
     **how: object,
 ) -> Scenario:
-    """One fault from inside."""
+    """One fault from inside, and perhaps a death (process, point, hit) ``with_`` it."""
     action = Action(do=do, hit=hit, seconds=seconds or {"delay": 0.4, "stop": STOP_SECONDS}.get(do, 0.0))
+    faults = [Fault(process=process, point=point, action=action)]
+    if with_:
+        faults.append(Fault(process=with_[0], point=with_[1], action=Action(do="kill", hit=with_[2])))
     return Scenario(
         layout=layout,
-        faults=(Fault(process=process, point=point, action=action),),
+        faults=tuple(faults),
         expect=expect,
         **how,  # type: ignore[arg-type]
     )
@@ -105,7 +116,7 @@ def one_replica() -> Iterator[Scenario]:
         for point in ("worker.seat.fetch", "worker.seat.fetched", "worker.seat.taken"):
             yield at(ONE, name, point, "kill", 1, "anew", ci=name == "ben" and point == "worker.seat.taken")
         for point in LINKS:
-            yield at(ONE, name, point, "error", MID, "back", ci=name == "anna", changes=SOON)
+            yield at(ONE, name, point, "error", MID, "back", ci=name == "anna")
     yield at(ONE, "anna", "worker.corpus.piece", "kill", 1, "anew")
     yield at(ONE, "anna", "worker.corpus.piece", "full", 1, "anew", ci=True)
 
@@ -118,7 +129,9 @@ def coordinators() -> Iterator[Scenario]:
         yield at(ONE, "coordinator", point, "delay", hit, "on", ci=point == "coordinator.acks")
     for point in ("coordinator.store.commit", "coordinator.store.committed", "coordinator.view"):
         yield at(ONE, "coordinator", point, "stop", dict(COORDINATOR)[point], "on")
-        yield at(TWO, "coordinator", point, "kill", 2 * dict(COORDINATOR)[point], "again", ci=point.endswith("view"))
+        yield at(
+            TWO, "coordinator", point, "kill", 3 * dict(COORDINATOR)[point] // 2, "again", ci=point.endswith("view")
+        )
     for hit in (5, 15, 30):
         yield at(ONE, "coordinator", "coordinator.store.commit", "full", hit, "still", ci=hit == 30)
     yield at(TWO, "coordinator", "coordinator.store.commit", "full", 40, "still")
@@ -135,36 +148,85 @@ def coordinators() -> Iterator[Scenario]:
 
 def two_replicas() -> Iterator[Scenario]:
     for point, who, hit in TRAINING:
-        yield at(TWO, who[0], point, "kill", hit, "back", ci=True)
+        yield at(TWO, who[0], point, "kill", hit, "without", ci=True)
         if who[-1] != who[0]:
-            yield at(TWO, "carl", point, "kill", hit, "back")
+            yield at(TWO, "carl", point, "kill", hit, "without")
     for point in EXCHANGE:
         for name in ("dora", "carl"):
-            yield at(TWO, name, point, "kill", 3, "back", ci=name == "dora")
+            yield at(TWO, name, point, "kill", 3, "without", ci=name == "dora")
         yield at(TWO, "ben", point, "delay", 3, "on")
         yield at(TWO, "anna", point, "stop", 3, "on", ci=point == "worker.round.mean_sent")
     for point in ("worker.backward", "worker.round.mean_sent", "worker.round.done"):
-        yield at(TWO, "dora", point, "kill", 4, "back", restart=False, ci=point == "worker.round.mean_sent")
+        yield at(TWO, "dora", point, "kill", 4, "without", restart=False, ci=point == "worker.round.mean_sent")
+        yield at(TWO, "ben", point, "kill", 4, "without", restart=False)
     for point in MEMORY:
-        yield at(TWO, "carl", point, "error", WELL, "back")
+        yield at(TWO, "carl", point, "error", WELL, "without")
+    for point in LINKS:
+        for name in ("anna", "carl"):
+            # What is sent may be a redo log's, which nobody waits for.
+            expect: Expect = "without" if point.endswith("receive") else "any"
+            yield at(TWO, name, point, "error", MID, expect, ci=name == "carl")
     yield at(TWO, "dora", "worker.savepoint.write", "full", 2, "on")
-    for first, second in (("anna", "dora"), ("ben", "carl"), ("anna", "ben")):
-        yield Scenario(
-            layout=TWO,
-            troubles=(Trouble(where=first, mode="kill"), Trouble(where=second, mode="kill")),
-            expect="back",
-            ci=first == "ben",
-        )
     for name in ("anna", "carl"):
         yield Scenario(layout=TWO, troubles=(Trouble(where=name, mode="interrupt"),), expect="on", ci=name == "anna")
-    for point, expect in (("worker.leaving", "on"), ("worker.leave", "on")):
+    for point in ("worker.leaving", "worker.leave"):
         yield Scenario(
             layout=TWO,
             faults=(Fault(process="dora", point=point, action=Action(do="kill")),),
             troubles=(Trouble(where="dora", mode="interrupt"),),
             expect="any",
-            ci=expect == "on" and point == "worker.leave",
+            ci=point == "worker.leave",
         )
+
+
+def deaths() -> Iterator[Scenario]:
+    """More than one at a time."""
+
+    def of(layout: Layout, *who: tuple[str, str, int], expect: Expect, **how: object) -> Scenario:
+        faults = tuple(Fault(process=n, point=p, action=Action(do="kill", hit=hit)) for n, p, hit in who)
+        return Scenario(layout=layout, faults=faults, expect=expect, **how)  # type: ignore[arg-type]
+
+    first = "dora", "worker.backward", 10
+    yield of(TWO, first, ("anna", "worker.rerouted", 1), expect="back", ci=True)  # the substitute
+    third = "carl", "worker.backward", 10
+    yield of(THREE, third, ("ben", "worker.rerouted", 1), expect="without", ci=True)
+    yield of(THREE, third, ("erin", "worker.rerouted", 1), expect="without")
+    yield of(THREE, third, ("ben", "worker.update", 12), expect="without", restart=False)
+    yield of(THREE, third, first, expect="without", restart=False)
+    for name in ("ben", "carl"):  # a neighbour, as it sends again
+        yield of(TWO, first, (name, "worker.rerouted", 1), expect="without", ci=name == "carl")
+        yield of(TWO, ("anna", "worker.forward", 10), (name, "worker.rerouted", 1), expect="without")
+    for point in ("worker.backward", "worker.round.captured", "worker.round.mean_sent"):  # neighbours, together
+        hit = 10 if point == "worker.backward" else 3
+        yield of(TWO, ("anna", point, hit), ("ben", point, hit), expect="without", ci=point == "worker.backward")
+        yield of(TWO, ("dora", point, hit), ("carl", point, hit), expect="without", restart=False)
+    for point, hit in (("coordinator.view", 120), ("coordinator.store.committed", 40), ("coordinator.acks", 50)):
+        for name in ("dora", "ben"):
+            both = ("coordinator", point, hit), (name, "worker.backward", 10)
+            yield of(TWO, *both, expect="again", ci=point == "coordinator.view" and name == "dora")
+    yield of(ONE, ("coordinator", "coordinator.view", 60), ("ben", "worker.backward", 10), expect="again", ci=True)
+    yield of(TWO, ("coordinator", "coordinator.round.verdict", 3), ("carl", "worker.round.done", 3), expect="again")
+    for first_one, second in (("anna", "dora"), ("ben", "carl"), ("anna", "ben")):
+        yield Scenario(
+            layout=TWO,
+            troubles=(Trouble(where=first_one, mode="kill"), Trouble(where=second, mode="kill")),
+            expect="without" if second == "ben" else "back",
+            ci=first_one == "ben",
+        )
+    yield at(TWO, "carl", "worker.rerouted", "delay", 1, "without", with_=first)
+    yield at(TWO, "anna", "worker.rerouted", "stop", 1, "without", with_=first)
+    for name in ("dora", "carl"):
+        where, times = Trouble(where=name, mode="kill"), {"patience_seconds": 2.0}
+        for restart in (True, False):
+            yield Scenario(
+                layout=TWO,
+                troubles=(where,),
+                expect="held",
+                steps=48,
+                restart=restart,
+                changes={"coordinator": times, "pipeline": {"quorum": 2}},
+                ci=name == "dora",
+            )
 
 
 def newcomers() -> Iterator[Scenario]:
@@ -180,7 +242,7 @@ def lines() -> Iterator[Scenario]:
     for name in ("anna", "ben"):
         yield line(ONE, name, "stop", 1.0, "on", ci=name == "anna")
         yield line(ONE, name, "stop", 3.5, "back", times=SHORT, ci=name == "ben")
-        yield line(ONE, f"{name}-coordinator", "cut", 0.5, "back", ci=name == "anna")
+        yield line(ONE, f"{name}-coordinator", "cut", 0.5, "on", ci=name == "anna")
         yield line(ONE, f"{name}-coordinator", "hole", 1.0, "on")
         yield line(ONE, f"{name}-coordinator", "hole", 3.5, "back", times=SHORT, ci=name == "ben")
         yield line(ONE, f"{name}-coordinator", "slow", 1.0, "on")
@@ -193,7 +255,11 @@ def lines() -> Iterator[Scenario]:
     yield line(ONE, "coordinator", "stop", 1.0, "on")
     yield line(ONE, "coordinator", "stop", 3.5, "on", times=SHORT, ci=True)
     for name in ("dora", "carl"):
-        yield line(TWO, name, "stop", 3.5, "back", times=SHORT, steps=200)
+        yield line(TWO, name, "stop", 3.5, "without", times=SHORT, steps=200, ci=name == "dora")
+        yield line(TWO, f"to-{name}", "cut", 4.0, "without", times=SHORT, ci=name == "carl")
+        yield line(TWO, f"{name}-coordinator", "cut", 0.5, "on")
+        yield line(TWO, f"{name}-coordinator", "cut", 5.0, "without", ci=name == "dora")
+        yield line(TWO, f"{name}-coordinator", "hole", 3.5, "without", times=SHORT)
         yield line(TWO, f"to-{name}", "cut", 0.5, "on", ci=name == "carl")
         yield line(TWO, f"to-{name}", "hole", 1.0, "on")
         yield line(TWO, f"to-{name}", "late", 1.0, "on")
@@ -204,7 +270,8 @@ def redialling() -> Iterator[Scenario]:
     for do in ("error", "kill", "delay"):
         action = Action(do=do, hit=2, seconds=0.4)  # type: ignore[arg-type]
         fault = Fault(process="anna", point="worker.control.dial", action=action)
-        yield Scenario(layout=ONE, faults=(fault,), troubles=(cut,), expect="back", ci=do == "error")
+        expect: Expect = "back" if do == "kill" else "on"
+        yield Scenario(layout=ONE, faults=(fault,), troubles=(cut,), expect=expect, ci=do == "error")
 
 
 def proofs() -> list[Scenario]:
@@ -216,6 +283,7 @@ def proofs() -> list[Scenario]:
 
 def every() -> list[Scenario]:
     """All of them; no two have the same name."""
-    found = [*one_replica(), *coordinators(), *two_replicas(), *newcomers(), *lines(), *redialling()]
+    found = [*one_replica(), *coordinators(), *two_replicas(), *deaths(), *newcomers(), *lines(), *redialling()]
+    found = [replace(s, ci=s.ci and not any(word in s.name for word in SLOW)) for s in found]
     assert len({s.name for s in found}) == len(found), "two scenarios are the same"
     return found

@@ -163,7 +163,7 @@ class Crew:
 
     def _coordinator_died(self) -> bool:
         """Who is only just joining gives up then, and is started again as a person would."""
-        return any(name == "coordinator" for name, _ in self.deaths)
+        return self.processes["coordinator"].poll() is not None or any(n == "coordinator" for n, _ in self.deaths)
 
     @property
     def struck(self) -> set[str]:

@@ -20,10 +20,10 @@ from .crew import Crew, Stuck
 from .scenario import Scenario
 from .zygote import spawn
 
-DISTURBED = ("RolledBack", "RunOpened", "StoodStill")
+DISTURBED = ("Rerouted", "RolledBack", "RunOpened", "StoodStill")
 GAPS = 6  # between steps, that are looked at for the one that a fault made
 SENTENCES = 500
-KEYS = 5
+KEYS = 6
 
 
 @dataclass(kw_only=True)
@@ -37,6 +37,9 @@ class Result:
     observed: str = ""
     seconds: float = 0.0
     recovery: float | None = None
+    detected: float | None = None  # from a death to when the coordinator knows of it
+    redispatched: float | None = None  # from there to the next step's loss
+    reopened: float | None = None  # from a coordinator's new start to the next lease or step
     problems: list[str] = field(default_factory=list)
     story: str = ""
 
@@ -99,6 +102,15 @@ class Place:
         kinds = [kind for _, kind, _ in events]
         result.observed = observed(kinds, crew)
         result.recovery = recovery(fired, events, points)
+        lost = [at for at, kind, _ in events if kind == "Rerouted"]
+        deaths = [f["time"] for f in fired if f["do"] in ("kill", "stop")]
+        if lost and deaths and deaths[0] < lost[0]:
+            result.detected = lost[0] - deaths[0]
+        if lost:
+            result.redispatched = min((at - lost[-1] for at in points if at > lost[-1]), default=None)
+        if scenario.expect == "again" and kinds.count("RunOpened") > 1:
+            opened = [at for at, kind, _ in events if kind == "RunOpened"][1]
+            result.reopened = min((at - opened for at in points if at > opened), default=None)
         if not expected(scenario, kinds):
             wrong(f"expected: {scenario.expect}; observed: {result.observed}")
         if result.problems:
@@ -127,7 +139,8 @@ class Place:
         result.problems += told["problems"]
         if told["model"] != model:
             result.problems.append("the published model is not what the oracle comes to")
-        if scenario.layout.name == "2x1" and (scenario.faults or scenario.troubles):
+        struck = scenario.faults or scenario.troubles
+        if scenario.layout.name == "2x1" and struck and not told["moments_lost"]:
             key = scenario.layout.name, scenario.steps, repr(scenario.changes.get("sync"))
             if key not in self._calm:
                 calm = replace(scenario, faults=(), troubles=(), expect="on")
@@ -156,7 +169,9 @@ def ask(scenario: Scenario, crew: Crew, answer: Path) -> None:
     ]
     oracle.replay({peer: read_record(crew.folder / f"{n}.record") for peer, n in crew.peers.items()}, rounds)
     tensors = {name: (list(t.shape), t.contiguous().numpy().tobytes()) for name, t in oracle.weights.items()}
-    answer.write_text(json.dumps({"problems": oracle.problems, "model": fingerprint(tensors)}))
+    answer.write_text(
+        json.dumps({"problems": oracle.problems, "moments_lost": oracle.moments_lost, "model": fingerprint(tensors)})
+    )
 
 
 def fingerprint(tensors: dict[str, tuple[list[int], bytes]]) -> str:
@@ -189,6 +204,10 @@ def expected(scenario: Scenario, kinds: list[str]) -> bool:
     match scenario.expect:
         case "on":
             return not back and opened == 1
+        case "without":
+            return "Rerouted" in kinds and not back and opened == 1
+        case "held":
+            return {"Rerouted", "Held"} <= set(kinds) and not back
         case "back":
             return back > 0 and opened == 1
         case "anew":
@@ -203,6 +222,9 @@ def expected(scenario: Scenario, kinds: list[str]) -> bool:
 def observed(kinds: list[str], crew: Crew) -> str:
     """What the journal tells, in a few words."""
     words = {
+        "Rerouted": "went on without one",
+        "Held": "held",
+        "Degraded": "degraded",
         "RolledBack": "back to the last round",
         "StoodStill": "stood still",
         "RoundRefused": "round refused",

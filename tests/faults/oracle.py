@@ -1,6 +1,7 @@
 """The run once more in one process, from its journal and the workers' records: no engine, no wire, no threads.
 
-Every worker is a generator over its record (:mod:`.record`) that waits for the tensors of others. Only the layers,
+Every worker is a generator over its record (:mod:`.record`) that waits for the tensors of others; who does a lost
+one's microbatches again, and with whose tensors, stands in the records as well. Only the layers,
 AdamW and the weighted mean are the real ones. What comes out must be, bit for bit, the reference weights of every
 committed round, and each committed sample must have been trained on exactly once at every stage.
 """
@@ -43,6 +44,10 @@ def vector_of(state: State) -> Tensor:
     return state.g if state.x is None else state.x
 
 
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
+
+
 def read_record(path: Path) -> list[Op]:
     """The operations of a worker; a last line that a kill cut off is left out."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -66,9 +71,8 @@ class Seat:
         first, last, _ = self.begin["stages"][self.stage]
         return first, last
 
-    @property
-    def replicas(self) -> list[str]:
-        return list(self.begin["stages"][self.stage][2])
+
+Key = tuple[int, int, int]  # of a round: stage, step, attempt
 
 
 def seats(records: Mapping[str, Sequence[Op]]) -> dict[int, list[Seat]]:
@@ -86,15 +90,28 @@ def seats(records: Mapping[str, Sequence[Op]]) -> dict[int, list[Seat]]:
     return found
 
 
+@dataclass(frozen=True)
+class Captured:
+    """What a replica brings into a round."""
+
+    state: State
+    number: int  # of samples
+    window: Counter[int]  # which they are
+
+
 @dataclass
 class Generation:
     """Tensors on their way, and rounds as they come in, while a generation is done again."""
 
     activations: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)  # by sender, step, lane
     gradients: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    captures: dict[tuple[int, int], dict[str, tuple[State, int, list[int]]]] = field(default_factory=dict)
-    outcomes: dict[tuple[int, int], dict[str, State]] = field(default_factory=dict)  # by stage and step
-    trained: dict[tuple[int, int], Counter[int]] = field(default_factory=dict)  # samples that went into a round
+    captures: dict[Key, dict[str, Captured]] = field(default_factory=dict)
+    outcomes: dict[Key, dict[str, State]] = field(default_factory=dict)
+
+    def counts(self, stage: int, step: int) -> Key | None:
+        """The round that counts, of all that were tried at a step: the last one, since one that counts is not tried
+        again."""
+        return max((key for key in self.outcomes if key[:2] == (stage, step)), default=None)
 
 
 class Oracle:
@@ -105,11 +122,12 @@ class Oracle:
         self.manifest: Manifest = self.data.manifest
         self.points: dict[tuple[str, str, int, int], State] = {}  # peer, kind, generation, step
         self.problems: list[str] = []
+        self.moments_lost = False  # a stage went on from a redo log, which has the weights alone
         self.weights: dict[str, Tensor] = {}
 
     def replay(self, records: Mapping[str, Sequence[Op]], rounds: Sequence[Round]) -> None:
         torch.set_num_threads(1)
-        by_generation, step, sample = seats(records), 0, 0
+        by_generation, sample = seats(records), 0
         for number in sorted(by_generation):
             crew, world = by_generation[number], Generation()
             committed = [r for r in rounds if r.generation == number]
@@ -117,22 +135,39 @@ class Oracle:
             while any([next(one, None) == "done" for one in going]):  # each as far as it can; again while one moves
                 pass
             for one in committed:
-                self._check(one, crew, world, step, sample)
-                step, sample = one.step, one.sample
+                self._check(one, crew, world, sample)
+                sample = one.sample
             self._keep(crew, world, committed)
 
     def _knows_origin(self, seat: Seat) -> bool:
+        return seat.begin["origin"][0] == "init" or self._holder(seat) is not None
+
+    def _holder(self, seat: Seat) -> State | None:
+        """Its own state, or anybody's of the same layers with the moments that it got."""
         kind, generation, step = seat.begin["origin"]
-        holder = seat.begin["donor"] or seat.peer
-        return kind == "init" or (holder, kind, generation, step) in self.points
+        if kind == "step":
+            return self.points.get((seat.peer, kind, generation, step))
+        states = [s for (_, k, g, at), s in self.points.items() if (k, g, at) == (kind, generation, step)]
+        found = [s for s in states if (s.point.first_layer, s.point.last_layer) == seat.layers]
+        return self._given(seat, found[0]) if found else None
+
+    def _given(self, seat: Seat, holder: State) -> State:
+        """The weights are known here; the moments must be somebody's, or begin anew."""
+        m, v, updates = torch.load(seat.begin["taken"], weights_only=True)  # noqa: TID251
+        known = [s for s in self.points.values() if s.g.shape == holder.g.shape]
+        if m is None:
+            self.moments_lost = True
+        elif not any(same(s.m, m) and same(s.v, v) and s.updates == updates for s in known):
+            self.problems.append(f"{seat.peer[:8]} starts with moments that nobody had")
+        return replace(holder.shared(), m=m, v=v, updates=updates)
 
     def _state(self, seat: Seat, stage: Stage) -> State:
-        kind, generation, step = seat.begin["origin"]
         first, last = seat.layers
-        if kind == "init":
+        if seat.begin["origin"][0] == "init":
             return stage.state(SavePoint(kind="round", generation=0, step=0, first_layer=first, last_layer=last))
-        state = self.points[seat.begin["donor"] or seat.peer, kind, generation, step]
-        return state.shared() if seat.begin["donor"] else state
+        state = self._holder(seat)
+        assert state is not None
+        return state
 
     def _work(self, seat: Seat, world: Generation) -> Iterator[str]:
         """Does a seat's record; yields ``done`` after each operation, ``wait`` while something is missing."""
@@ -144,6 +179,7 @@ class Oracle:
         per_step = begin["microbatches"] * len(begin["stages"][0][2]) * begin["microbatch_size"]
         flights: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         targets, window, number = 0, Counter[int](), state.pending
+        captured: Captured | None = None
         for op in seat.ops:
             what = op["op"]
             if what in ("forward", "backward"):
@@ -183,20 +219,24 @@ class Oracle:
                     self.problems.append(
                         f"{seat.peer[:8]} says {op['samples']} samples at {op['step']}, it has {number}"
                     )
-                key, (first, last) = (seat.stage, op["step"]), seat.layers
+                key, (first, last) = (seat.stage, op["step"], op["attempt"]), seat.layers
                 point = SavePoint(
                     kind="round", generation=begin["generation"], step=op["step"], first_layer=first, last_layer=last
                 )
-                captured = stage.state(point), number, op["fragments"]
+                captured = Captured(stage.state(point), number, window)
                 world.captures.setdefault(key, {})[seat.peer] = captured
-                world.trained.setdefault(key, Counter()).update(window)
                 window, number = Counter(), 0
-                if set(world.captures[key]) == set(seat.replicas):
-                    world.outcomes[key] = self._exchange(seat, world.captures[key])
+                if set(world.captures[key]) == set(op["replicas"]):
+                    world.outcomes[key] = self._exchange(op, world.captures[key])
+            elif what == "void":
+                assert captured is not None
+                window.update(captured.window)
+                number += captured.number
             elif what == "apply":
-                while (outcomes := world.outcomes.get((seat.stage, op["step"]))) is None:
+                while (outcomes := world.outcomes.get(key)) is None:
                     yield "wait"
-                after, before = outcomes[seat.peer], world.captures[seat.stage, op["step"]][seat.peer][0]
+                assert captured is not None
+                after, before = outcomes[seat.peer], captured.state
                 stage.g.copy_(after.g)
                 if op["late"]:
                     stage.x.add_(vector_of(after) - vector_of(before))
@@ -210,42 +250,40 @@ class Oracle:
                 self.points[seat.peer, "step", begin["generation"], op["step"]] = stage.state(point, pending=number)
             yield "done"
 
-    def _exchange(self, seat: Seat, captures: Mapping[str, tuple[State, int, list[int]]]) -> dict[str, State]:
+    def _exchange(self, op: Op, captures: Mapping[str, Captured]) -> dict[str, State]:
         """A dense round in 32 bits: the mean of differences, weighted by samples, in the pieces of the wire."""
-        sync, order = self.config.sync.resolved(), seat.replicas
+        sync, order = self.config.sync.resolved(), op["replicas"]
         assert sync.bits == 32 and sync.density == sync.topk == sync.outer_lr == 1.0, "only what is exact is repeated"
-        states = {peer: captures[peer][0] for peer in order}
+        states = {peer: captures[peer].state for peer in order}
         base = states[order[0]].g
         if not all(torch.equal(base, state.g) for state in states.values()):
             self.problems.append("replicas enter a round with different references")
         g, values = base.clone(), {peer: vector_of(state) for peer, state in states.items()}
         pieces = layout(g.numel(), sync.fragments, len(order))
-        for piece in (p for f in captures[order[0]][2] for p in pieces[f]):
+        for piece in (p for f in op["fragments"] for p in pieces[f]):
             for start, end in piece.shards:
                 here = slice(start, end)
                 if len(order) == 1:
                     g[here] = values[order[0]][here]
                 else:
-                    parts = [(Sparse(None, values[p][here] - base[here]), captures[p][1]) for p in order]
+                    parts = [(Sparse(None, values[p][here] - base[here]), captures[p].number) for p in order]
                     g[here].add_(weighted_mean(parts, end - start))
         outcomes = {}
         for peer, state in states.items():
             outcomes[peer] = replace(state, point=replace(state.point, digest=digest(g)), g=g, x=g.clone())
         return outcomes
 
-    def _check(self, one: Round, crew: Sequence[Seat], world: Generation, after: int, since: int) -> None:
-        """A committed round, against the same one done again; the one before was after ``after`` steps."""
+    def _check(self, one: Round, crew: Sequence[Seat], world: Generation, since: int) -> None:
+        """A committed round, against the same one done again."""
         for stage, expected in enumerate(one.digests):
-            outcomes = world.outcomes.get((stage, one.step))
-            if not outcomes:
+            key = world.counts(stage, one.step)
+            if key is None:
                 self.problems.append(f"the round at step {one.step} cannot be repeated for stage {stage}")
                 continue
+            outcomes = world.outcomes[key]
             if {digest(state.g) for state in outcomes.values()} != {expected}:
                 self.problems.append(f"stage {stage} has other weights after the round at step {one.step}")
-            trained = Counter[int]()
-            for (at, step), samples in world.trained.items():
-                if at == stage and after < step <= one.step:
-                    trained.update(samples)
+            trained = sum((captured.window for captured in world.captures[key].values()), Counter[int]())
             if trained != Counter(range(since, one.sample)):
                 self.problems.append(f"stage {stage} trained on other samples than [{since}, {one.sample})")
             seat = next(s for s in crew if s.stage == stage)
@@ -255,5 +293,6 @@ class Oracle:
     def _keep(self, crew: Sequence[Seat], world: Generation, committed: Sequence[Round]) -> None:
         for one in committed:
             for seat in crew:
-                if (state := world.outcomes.get((seat.stage, one.step), {}).get(seat.peer)) is not None:
+                key = world.counts(seat.stage, one.step)
+                if key is not None and (state := world.outcomes[key].get(seat.peer)) is not None:
                     self.points[seat.peer, "round", one.generation, one.step] = state

@@ -2,11 +2,12 @@
 
 One line per operation, written before it is done, so that whatever another worker has got is on the record:
 
-``seat``      a generation begins: plan, place, and whose state it starts from
+``seat``      a generation begins: plan, place, and a file with the optimizer's part of the state it starts from
 ``forward``   of a lane, with the peer that its activation came from
 ``backward``  of a lane, with the peer that its gradient came from
 ``update``    of the optimizer, with everything since the last one
-``capture``   of a round
+``capture``   of a round: the attempt, and the replicas that are in it
+``void``      a round that was captured does not count, because somebody is lost: its samples go into the next
 ``apply``     of a finished round
 ``save``      of everything, at a stop
 """
@@ -36,6 +37,8 @@ def before(holder: Any, name: str, what: Callable[..., dict[str, Any] | None], n
 
 def record(path: Path) -> None:
     """For the forked process of a worker: everything from here on is noted in ``path``."""
+    import torch
+
     from potluck.worker import engine
     from potluck.worker.engine import Engine
     from potluck.worker.pipeline import Pipeline
@@ -43,7 +46,7 @@ def record(path: Path) -> None:
     from potluck.worker.sync import Synchronizer
 
     out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    donors: list[str] = []
+    taken: list[str] = []  # the file of a state that somebody else gave
 
     def note(**what: Any) -> None:
         os.write(out, json.dumps(what).encode() + b"\n")
@@ -53,16 +56,18 @@ def record(path: Path) -> None:
         stage = seat.stage + by
         return seat.plan.peer_of(stage, m) if 0 <= stage < seat.stages else ""
 
-    fetch, take_seat = engine.fetch_state, Engine._take_seat
+    get, take_seat = engine.origin, Engine._take_seat
 
-    def fetch_state(*args: Any) -> bytes | None:
-        data = fetch(*args)
-        donors.append(args[5])
-        return data
+    def origin(states: Any, plan: Any, *more: Any) -> Any:
+        state = get(states, plan, *more)
+        if state is not None and plan.origin == "round":
+            taken.append(str(path.with_suffix(f".{plan.generation}.state")))
+            torch.save((state.m, state.v, state.updates), taken[-1])
+        return state
 
-    def seat(self: Engine, plan: Any) -> None:
-        donors.clear()
-        take_seat(self, plan)
+    def seat(self: Engine, plan: Any, view: Any) -> None:
+        taken.clear()
+        take_seat(self, plan, view)
         if self.local.seated:
             stage, replica = plan.places[self.config.peer]
             note(
@@ -72,27 +77,21 @@ def record(path: Path) -> None:
                 stage=stage,
                 replica=replica,
                 origin=[plan.origin, plan.origin_generation, plan.first_step],
-                donor=donors[-1] if donors else "",
+                taken=taken[-1] if taken else "",
                 first_sample=plan.first_sample,
                 microbatches=plan.microbatches,
                 microbatch_size=plan.microbatch_size,
                 stages=[[s.first_layer, s.last_layer, [r.peer for r in s.replicas]] for s in plan.stages],
             )
 
-    engine.fetch_state = fetch_state  # type: ignore[assignment]
+    engine.origin = origin
     Engine._take_seat = seat  # type: ignore[method-assign]
-    before(
-        Pipeline,
-        "_forward",
-        lambda self, step, m, result: {"op": "forward", "step": step, "m": m, "by": neighbour(self, m, -1)},
-        note,
-    )
-    before(
-        Pipeline,
-        "_backward",
-        lambda self, step, m: {"op": "backward", "step": step, "m": m, "by": neighbour(self, m, 1)},
-        note,
-    )
+    for name, by in (("_forward", -1), ("_backward", 1)):
+
+        def way(self: Pipeline, lane: Any, frame: Any = None, name: str = name, by: int = by) -> dict[str, Any]:
+            return {"op": name[1:], "step": lane.step, "m": lane.m, "by": neighbour(self, lane.m, by)}
+
+        before(Pipeline, name, way, note)
     before(Stage, "update", lambda self, targets: {"op": "update", "targets": targets}, note)
     before(
         Synchronizer,
@@ -102,9 +101,16 @@ def record(path: Path) -> None:
             "step": steps_done,
             "samples": samples,
             "fragments": list(fragments),
+            "attempt": self.seat.plan.attempt,
+            "replicas": self.peers,
         },
         note,
     )
+
+    def void(self: Engine, plan: Any, view: Any) -> dict[str, Any] | None:
+        return {"op": "void", "step": self._captured} if self._captured > view.committed and self._pending else None
+
+    before(Engine, "_reroute", void, note)
     before(
         engine,
         "apply",

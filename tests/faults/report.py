@@ -14,7 +14,6 @@ from potluck import __version__
 from .catalogue import SHORT, every
 from .crew import RESTART_SECONDS
 from .judge import Result
-from .roles import LINGER_SECONDS
 from .scenario import WORDS, Scenario
 
 HEAD = """# Faults, and what a run makes of them
@@ -78,6 +77,7 @@ def write(path: Path, results: Sequence[Result], seconds: float, times: int, wid
 LAYOUTS = {
     "2x1": "Two stages, one replica each",
     "2x2": "Two stages, two replicas each",
+    "2+3": "Two stages, two replicas and three",
     "2x1+1": "Two stages, one replica each, and a newcomer",
 }
 
@@ -86,7 +86,9 @@ def conditions(results: Sequence[Result], seconds: float, times: int, width: int
     return [
         "## Conditions\n",
         f"- potluck {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()},"
-        f" {os.cpu_count()} cores, no GPU; {width} runs at a time, each scenario {times} times, {seconds:.0f} s in all"
+        f" {os.cpu_count()} cores, no GPU,"
+        f" load {os.getloadavg()[2]:.1f} (others' work included); {width} runs at a time, each scenario {times} times,"
+        f" {seconds:.0f} s in all"
         f" (a run: {statistics.median(r.seconds for r in results):.1f} s in the median)",
         "- 2 layers of width 32, 16 tokens, 24 steps, a dense round every 3 steps applied one step late, fp32"
         " throughout; every committed round is saved to disk",
@@ -94,7 +96,7 @@ def conditions(results: Sequence[Result], seconds: float, times: int, width: int
         " (`coordinator.patience_seconds`)",
         f"- scenarios with a stop, hole or cut of 2 s and more: silence {SHORT.silence_seconds:g} s instead of 20,"
         f" heartbeats every {SHORT.heartbeat_seconds:g} s instead of 2, a broken path given up after"
-        f" {SHORT.give_up_seconds:g} s instead of 10; a worker's goodbye to its peers: {LINGER_SECONDS} s instead of 2",
+        f" {SHORT.give_up_seconds:g} s instead of 10",
         "- `name:point:action@n`: at the n-th time that the process gets there. kill and stop are signals, full is a"
         " full disk, error what the place may raise (out of memory, a broken line)",
         "- recovery: from the fault to the next step done or round committed that the coordinator wrote down after what"
@@ -111,4 +113,18 @@ def summary(rows: Sequence[Row]) -> list[str]:
         if group:
             numbers = (f"{statistics.median(found):.2f}", f"{p95(found):.2f}", f"{max(found):.2f}") if found else "---"
             text.append(f"| {words} | {len(group)} | {' | '.join(numbers)} |")
+    lasting = [r for row in rows for r in row.results if not row.scenario.restart]
+    hung = [r for row in rows for r in row.results if any(t.mode == "stop" for t in row.scenario.troubles)]
+    every_one = [r for row in rows for r in row.results]
+    text += ["", "| how long | runs | median, s | p95 | longest |", "| --- | --- | --- | --- | --- |"]
+    for words, found in (
+        ("from a death for good to when it is known (a line is waited for 3 s)", [r.detected for r in lasting]),
+        ("from a process that stops to when it is given up (silence: 2 s here)", [r.detected for r in hung]),
+        ("from when a loss is known to the next step of all", [r.redispatched for r in every_one]),
+        ("from a coordinator's new start to the next step of all", [r.reopened for r in every_one]),
+    ):
+        if seen := [x for x in found if x is not None]:
+            text.append(
+                f"| {words} | {len(seen)} | {statistics.median(seen):.2f} | {p95(seen):.2f} | {max(seen):.2f} |"
+            )
     return text

@@ -17,8 +17,6 @@ from potluck.protocol.ticket import Ticket
 
 from .record import record
 
-LINGER_SECONDS = 0.1  # for a goodbye to be answered; 2 s else, at every worker's end
-
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
@@ -64,11 +62,9 @@ def worker(
     """``potluck worker join``. ``dial``: a proxy before the coordinator; ``announce``: one before this worker."""
     from datetime import timedelta
 
-    from potluck.protocol import channel
     from potluck.worker import control, session
     from potluck.worker.links import Links
 
-    channel.LINGER_SECONDS = LINGER_SECONDS
     if times.heartbeat_seconds is not None:
         control.HEARTBEAT_SECONDS = times.heartbeat_seconds
     if times.give_up_seconds is not None:

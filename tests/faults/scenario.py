@@ -10,9 +10,11 @@ from potluck.protocol.failpoints import Action
 from .roles import Times
 
 Mode = Literal["stop", "kill", "interrupt", "cut", "hole", "slow", "late"]
-Expect = Literal["on", "back", "anew", "again", "still", "any"]
+Expect = Literal["on", "without", "held", "back", "anew", "again", "still", "any"]
 WORDS: dict[Expect, str] = {
     "on": "goes on, nobody goes back",
+    "without": "goes on without the lost replica, nobody goes back",
+    "held": "rounds are held until the replica is back, or patience ends",
     "back": "all go back to the last committed round",
     "anew": "a new plan",
     "again": "the coordinator goes on from its file",
@@ -71,6 +73,7 @@ class Layout:
 
 ONE = Layout(name="2x1", stages=(("anna",), ("ben",)))
 TWO = Layout(name="2x2", stages=(("anna", "dora"), ("ben", "carl")))
+THREE = Layout(name="2+3", stages=(("anna", "dora"), ("ben", "carl", "erin")))
 GROWS = Layout(name="2x1+1", stages=(("anna",), ("ben",)), late=("carl",))
 
 

@@ -65,6 +65,15 @@ def same(one: RunState, other: RunState) -> bool:
             state,
             since=round(state.since, 6),
             last_join=round(state.last_join, 6),
+            unaware={p: round(at, 6) for p, at in state.unaware.items()},
+            pace=replace(
+                pace := state.pace,
+                since=round(pace.since, 6),
+                mean_seconds=round(pace.mean_seconds, 6),
+                deviation_seconds=round(pace.deviation_seconds, 6),
+            ),
+            barred={p: replace(bar, until=round(bar.until, 6)) for p, bar in state.barred.items()},
+            held=None if state.held is None else round(state.held, 6),
             leased_at={s: round(t, 6) for s, t in state.leased_at.items()},
             members={
                 p: replace(

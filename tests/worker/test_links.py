@@ -37,12 +37,12 @@ PLAN = Plan(
 GIVE_UP = timedelta(seconds=0.3)
 
 
-def activation(step: int, payload: bytes = b"x" * 10) -> Frame:
+def activation(step: int, payload: bytes = b"x" * 10, generation: int = 1) -> Frame:
     return make_frame(
         payload,
         kind=Kind.ACTIVATION,
         run=b"testrun1",
-        generation=1,
+        generation=generation,
         step=step,
         stage=1,
         microbatch=0,
@@ -59,12 +59,14 @@ class Pair:
 
     def __init__(self) -> None:
         self.network, self.faults = MemoryNetwork(), asyncio.Queue[str]()
+        self.generations: list[int] = []
         self.dialled: list[Channel] = []
         self.accepted: list[Channel] = []
         self.links = {name: Links(Mailbox(), lambda peer, frame: None, self.fault) for name in "ab"}
 
     def fault(self, generation: int, peer: str, text: str) -> None:
         self.faults.put_nowait(text)
+        self.generations.append(generation)
 
     async def __aenter__(self) -> Pair:
         accept, dial = self.links["b"]._accepted, self.links["a"]._dial
@@ -113,6 +115,46 @@ async def test_what_could_not_be_delivered_is_reported():
         pair.network.cut("a", "b")
         pair.links["a"].post("b", activation(2))
         assert "cannot send to b" in await asyncio.wait_for(pair.faults.get(), 10.0)
+
+
+async def test_what_could_not_be_delivered_in_time_is_no_fault_of_the_next_generation():
+    async with Pair() as pair:
+        pair.links["a"].post("b", activation(1))
+        await pair.arrives(1)
+        pair.network.refuse("a", "b")
+        pair.network.cut("a", "b")
+        pair.links["a"].post("b", activation(2))
+        await asyncio.sleep(0)
+        for links in pair.links.values():
+            links.follow(replace(PLAN, generation=2))
+        await asyncio.wait_for(pair.dialled[0].join(), 10.0)
+        await asyncio.sleep(0.05)
+        assert pair.faults.empty()
+        pair.network.allow("a", "b")
+        pair.links["a"].post("b", activation(3, generation=2))
+        address = Address(2, Kind.ACTIVATION, 3, 0, 0, "a")
+        await asyncio.to_thread(pair.links["b"].mailbox.take, [address], 0, 10.0)
+
+
+async def test_a_frame_that_is_refused_is_a_fault_at_once(monkeypatch):
+    monkeypatch.setattr(mailboxes, "MOST_NBYTES", 100)
+    async with Pair() as pair:
+        pair.links["a"].post("b", activation(1))
+        assert "refused what a sends" in await asyncio.wait_for(pair.faults.get(), 10.0)
+        assert pair.generations == [1]
+
+
+async def test_links_that_close_say_goodbye():
+    """Else the other side keeps the channel open for whoever may come back."""
+    async with Pair() as pair:
+        pair.links["a"].post("b", activation(1))
+        await pair.arrives(1)
+        began = asyncio.get_running_loop().time()
+        await pair.links["a"].close()
+        await asyncio.wait_for(pair.accepted[0].join(), 1.0)
+        assert pair.accepted[0].closed
+        await pair.links["b"].close()
+        assert asyncio.get_running_loop().time() - began < 1.0
 
 
 def test_one_sender_cannot_fill_the_mailbox(monkeypatch):
