@@ -166,6 +166,8 @@ class Session:
             self.links.follow(plan)
         elif plan is None and known is not None:
             self.mailbox.fence(known.generation + 1)
+        if view.released and plan is not None:
+            self.mailbox.fence(plan.generation + 1)  # whatever it waits for: others who are released do not send it
         self.links.host(view.guests)
         self.states.follow(view)
         self.views.put(view)
