@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from potluck.coordinator import events as ev
 from potluck.coordinator.service import open_run
@@ -87,8 +88,15 @@ def write(path: Path, out: int) -> None:
         if step % EVERY == 0:
             number, end = number + 1, start + SAMPLES
             mark = Mark(kind="round", generation=generation, step=step, sample=end, digests=(b"d",) * len(names))
-            told = {"round": number, "replicas": len(names), "samples": end - sample, "nbytes": 1, "seconds": 0.1}
-            batch += [Commit(mark=mark, **told), Journal(event=ev.RoundCommitted(step=step, **told))]  # type: ignore[arg-type]
+            told: dict[str, Any] = {
+                "round": number,
+                "replicas": len(names),
+                "samples": end - sample,
+                "nbytes": 1,
+                "seconds": 0.1,
+            }
+            told["degraded"] = False
+            batch += [Commit(mark=mark, **told), Journal(event=ev.RoundCommitted(step=step, **told))]
             committed, sample = step, end
         store.write(batch, time.time())
         say()
@@ -106,8 +114,8 @@ def one_life(path: Path, rng: random.Random) -> list[Ack]:
             os._exit(1)
     os.close(writing)
     wanted, data = rng.randrange(MOST_ACKS), b""
-    while data.count(b"\n") < wanted:
-        data += os.read(reading, 4096)
+    while data.count(b"\n") < wanted and (more := os.read(reading, 4096)):
+        data += more
     time.sleep(rng.random() * 0.004)  # anywhere in what it does next
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
