@@ -192,6 +192,7 @@ async def _coordinator(config: Any, folder: Path, ready_file: Path | None) -> in
         if done.done():
             done.result()
             await up.hub.until_alone(service.FAREWELL_SECONDS)
+            await asyncio.wait({asked}, timeout=service.LAST_LOOK_SECONDS)
             where = up.board.published
             click.echo("The run is finished." + (f" Model: {folder / 'checkpoints' / where}" if where else ""))
             return 0

@@ -43,6 +43,7 @@ GIGABYTE = 1e9
 STOP_SECONDS = 60.0
 STUCK_SECONDS = 10.0  # that a disk may refuse while the run is to stop
 FAREWELL_SECONDS = 10.0  # for workers to hear of the end and hang up
+LAST_LOOK_SECONDS = 1.0  # that the page shows how it ended
 
 
 def rules_of(config: RunConfig, manifest: Manifest) -> Rules:

@@ -44,6 +44,7 @@ def coordinator(folder: Path, faults: Mapping[str, Action], times: Times) -> Non
     if times.silence_seconds is not None:
         rules_of = service.rules_of
         service.rules_of = lambda *args: replace(rules_of(*args), silence_seconds=times.silence_seconds)
+    service.LAST_LOOK_SECONDS = 0.0
     arm(faults, fired(folder / "coordinator.fired"))
     place = ["--data-dir", str(folder / "coordinator"), "--ready-file", str(folder / "ready.json")]
     cli.main(["coordinator", "up", str(folder / "run.yaml"), *place])
