@@ -1,0 +1,278 @@
+"""What must hold whatever happens: looked at with every input, every commit, every message, every start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from potluck.coordinator import run
+from potluck.coordinator.events import PlanIssued
+from potluck.coordinator.standstill import shifted
+from potluck.coordinator.state import (
+    Command,
+    Commit,
+    Input,
+    Journal,
+    Lease,
+    Mark,
+    Remember,
+    ReturnLeases,
+    Rules,
+    RunState,
+    Said,
+    Uncommit,
+)
+from potluck.coordinator.store import Store
+from potluck.coordinator.verify import verify
+from potluck.protocol import control_pb2 as pb
+from potluck.protocol.plan import Plan
+
+from .weights import Content, once, spell
+
+if TYPE_CHECKING:
+    from .coordinator import SimLine
+    from .world import World
+
+SHIFT = 4096.0  # seconds
+FENCED = ("step_done", "round_done", "eval_done", "saved", "fault")
+BEAT = pb.Up(heartbeat=pb.Heartbeat(state="training"))
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+def hold(condition: object, what: str) -> None:
+    if not condition:
+        raise Broken(what)
+
+
+@dataclass(frozen=True)
+class Durable:
+    """What of a state is on the disk."""
+
+    generation: int
+    committed: tuple[int, int, int]  # generation, step, sample
+    stop: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, generation: int, mark: Mark, stop: Mark | None) -> Durable:
+        committed = (mark.generation, mark.step, mark.sample)
+        return cls(generation, committed, (stop.generation, stop.step) if stop else None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A lease that is not returned."""
+
+    generation: int
+    step: int
+    mask: int
+    is_committed: bool = False
+
+
+class Watch:
+    """Follows what becomes durable with a ledger of its own, and holds everything else to it."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.last_state = RunState()
+        self.rows: list[Row] = []
+        self.leased_until: dict[int, int] = {}  # steps leased, of each generation
+        self.contents: dict[bytes, Content] = {}
+        self.plans: dict[int, Plan] = {}  # durable ones
+        self.drafts: dict[int, Plan] = {}  # made by the state machine, perhaps never written
+        self.now = self.before = Durable(0, (0, 0, 0), None)
+        self.commits = 0
+
+    # With every input.
+
+    def step(self, rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunState, list[Command]]:
+        """The real ``step``, looked at."""
+        new, commands = run.step(rules, state, what, now)
+        if new.plan is not state.plan and new.plan is not None:
+            hold(new.plan.generation > self.now.generation, f"generation {new.plan.generation} is used twice")
+            self.drafts[new.plan.generation] = new.plan
+        if isinstance(what, Said):
+            self._fenced(rules, state, what, now, new, commands)
+        if self.world.rng_checks.random() < 0.02:
+            later, ordered = run.step(rules, shifted(state, SHIFT), what, now + SHIFT)
+            hold(same(later, shifted(new, SHIFT)) and len(ordered) == len(commands), "a standstill makes a difference")
+        self._bounded(rules, new)
+        return new, commands
+
+    def _fenced(
+        self, rules: Rules, state: RunState, what: Said, now: float, new: RunState, commands: list[Command]
+    ) -> None:
+        """A report of another generation changes nothing."""
+        body = what.report.WhichOneof("body")
+        if body not in FENCED:
+            return
+        generation = getattr(what.report, body).generation
+        if state.plan is not None and generation == state.plan.generation and what.peer in state.plan.peers:
+            return
+        self.world.fenced += 1
+        other, ordered = run.step(rules, state, Said(peer=what.peer, report=BEAT), now)
+        if what.peer in other.members and what.peer in state.members:
+            was = replace(other.members[what.peer], state=state.members[what.peer].state)
+            other = replace(other, members={**other.members, what.peer: was})
+        hold(new == other, f"a {body} of generation {generation} changed the state")
+        hold(commands == ordered, f"a {body} of generation {generation} had consequences: {commands[:3]}")
+
+    def _bounded(self, rules: Rules, state: RunState) -> None:
+        """Nothing piles up."""
+        most = rules.lease_ahead + 2
+        hold(len(state.losses) <= most, f"{len(state.losses)} losses wait")
+        hold(len(state.evals) <= most, f"{len(state.evals)} evaluations wait")
+        hold(len(state.leased_at) <= most, f"{len(state.leased_at)} leases run")
+        hold(len(state.rounds_done) <= most, f"{len(state.rounds_done)} rounds wait")
+        hold(len(state.marks) <= run.KEPT_MARKS, "too many marks")
+
+    # With every commit of the store.
+
+    def written(self, commands: list[Command]) -> None:
+        if not commands:
+            return
+        now, touched = self.now, False
+        for command in commands:
+            match command:
+                case Lease():
+                    self._leased(command)
+                    touched = True
+                case ReturnLeases():
+                    self.rows = [r for r in self.rows if r.is_committed]
+                case Commit(mark=mark):
+                    self._committed(mark)
+                    now = Durable.of(now.generation, mark, None)
+                    touched = True
+                case Uncommit(step=step):
+                    self._uncommitted(step)
+                    sample = sum(r.mask.bit_count() for r in self.rows)
+                    generation = self._generation_at(step)
+                    now = Durable(now.generation, (generation, step, sample), now.stop)
+                case Remember(generation=generation, stop=stop):
+                    hold(generation >= now.generation, f"generation {generation} follows {now.generation}")
+                    now = Durable(generation, now.committed, (stop.generation, stop.step) if stop else None)
+                case Journal(event=PlanIssued(generation=generation)) if generation in self.drafts:
+                    hold(generation not in self.plans, f"generation {generation} is planned twice")
+                    self.plans[generation] = self.drafts.pop(generation)
+        self.commits += 1
+        if now != self.now:
+            self.before, self.now = self.now, now
+        if touched:
+            live = 0
+            for row in self.rows:
+                live |= row.mask
+            hold(live & (live + 1) == 0, "samples are skipped: neither leased nor committed")
+
+    def _leased(self, lease: Lease) -> None:
+        mask = ((1 << lease.count) - 1) << lease.first
+        for row in self.rows:
+            hold(not row.mask & mask, f"samples from {lease.first} of step {lease.step} are leased twice")
+        hold(lease.generation in self.plans, f"a lease of generation {lease.generation}, which has no plan")
+        hold(lease.peer in self.plans[lease.generation].peers, f"a lease for {lease.peer}, who has no seat")
+        self.rows.append(Row(lease.generation, lease.step, mask))
+        until = self.leased_until.get(lease.generation, 0)
+        self.leased_until[lease.generation] = max(until, lease.step + 1)
+
+    def _committed(self, mark: Mark) -> None:
+        done = 0
+        for i, row in enumerate(self.rows):
+            if row.step < mark.step:
+                self.rows[i] = replace(row, is_committed=True)
+                done |= row.mask
+        hold(done == (1 << mark.sample) - 1, f"step {mark.step}: the committed samples are not [0, {mark.sample})")
+        plan = self.plans[mark.generation]
+        for stage, digest in enumerate(mark.digests):
+            content = self.contents.get(digest)
+            hold(content, f"step {mark.step}: nobody ever made what stage {stage} commits")
+            assert content
+            wrong = "" if content.counters == once(mark.sample) else spell(content.counters, mark.sample)
+            hold(not wrong, f"step {mark.step}, stage {stage}: {wrong}")
+            for replica in plan.stages[stage].replicas:
+                worker = self.world.machines[replica.peer].worker
+                if worker and worker.process.alive and worker.engine.local.generation == plan.generation:
+                    point = mark.savepoint(stage, self.world.rules.layers[stage])
+                    held = worker.points.memory.get(point)
+                    what = f"step {mark.step}: {replica.peer} of stage {stage} does not hold what is committed"
+                    hold(held and held.content.name == digest, what)
+        self.world.trace("ledger", f"step {mark.step} committed: {mark.sample} samples")
+
+    def _uncommitted(self, step: int) -> None:
+        """Only what no complete set of members holds may be dropped."""
+        self.rows = [r for r in self.rows if r.is_committed and r.step < step]
+        self.world.trace("ledger", f"back to step {step}")
+
+    def _generation_at(self, step: int) -> int:
+        state = self.world.coordinator.state
+        return next((m.generation for m in (state.committed, *state.marks) if m.step == step), 0)
+
+    # With every message to a worker.
+
+    def sent(self, line: SimLine, message: pb.Down) -> None:
+        body = message.WhichOneof("body")
+        if body not in ("ack", "view"):
+            return
+        hub = self.world.coordinator.hub
+        assert hub
+        state = hub.state
+        told = Durable.of(state.generation, state.committed, state.stop)
+        hold(told in (self.now, self.before), f"{line.peer} is told of {told}, on the disk is {self.now}")
+        if body == "ack":
+            hold(not hub.standing, "acknowledged while the disk refuses")
+            return
+        view = message.view
+        if view.HasField("plan"):
+            generation = view.plan.generation
+            hold(generation in self.plans, f"{line.peer} is sent plan {generation}, which is not on the disk")
+            if view.until > view.plan.first_step:
+                leased = self.leased_until.get(generation, 0)
+                hold(view.until <= leased, f"{line.peer} is given steps to {view.until}, leased are those to {leased}")
+
+    # With every start and end.
+
+    def opened(self, state: RunState, store: Store) -> None:
+        """A coordinator starts on what is on the disk."""
+        found = Durable.of(state.generation, state.committed, state.stop)
+        hold(found == self.now, f"after a restart there is {found}, but {self.now} was on the disk")
+        self.ledger(store)
+
+    def ledger(self, store: Store) -> None:
+        """The file says what was written."""
+        masks = {"leased": 0, "committed": 0}
+        for first, count, what in store.rows("SELECT first, count, state FROM ledger WHERE state != 'returned'"):
+            mask = ((1 << count) - 1) << first
+            hold(not masks[what] & mask, f"the file has samples from {first} twice")
+            masks[what] |= mask
+        for what, mask in masks.items():
+            mine = 0
+            for row in self.rows:
+                mine |= row.mask if row.is_committed == (what == "committed") else 0
+            hold(mine == mask, f"the file has other {what} samples than were written")
+
+    def finished(self) -> None:
+        path = self.world.coordinator.disk.path
+        report = verify(path)
+        hold(not report.problems, "\n".join(report.lines()))
+        hold(report.samples == self.now.committed[2], f"{report.samples} samples verified, {self.now} committed")
+
+    def made(self, content: Content) -> None:
+        self.contents[content.name] = content
+
+
+def same(one: RunState, other: RunState) -> bool:
+    """Equal, but for the last bits of their times."""
+
+    def rounded(state: RunState) -> RunState:
+        return replace(
+            state,
+            since=round(state.since, 4),
+            last_join=round(state.last_join, 4),
+            leased_at={s: round(t, 4) for s, t in state.leased_at.items()},
+            members={
+                p: replace(m, joined=round(m.joined, 4), last_seen=round(m.last_seen, 4))
+                for p, m in state.members.items()
+            },
+        )
+
+    return rounded(one) == rounded(other)
