@@ -89,7 +89,7 @@ class Plan:
         """Peer id to (stage, replica index)."""
         return {r.peer: (s, i) for s, stage in enumerate(self.stages) for i, r in enumerate(stage.replicas)}
 
-    @property
+    @cached_property
     def peers(self) -> frozenset[str]:
         return frozenset(self.places)
 

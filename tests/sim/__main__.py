@@ -22,7 +22,7 @@ def main() -> int:
     options = parser.parse_args()
     failed = 0
     for seed in range(options.seed, options.seed + options.count):
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             world = simulate(seed, trace=options.trace)
         except Broken as error:
@@ -35,7 +35,7 @@ def main() -> int:
         else:
             if options.trace:
                 print(world.last_lines())
-        print(summary(world, time.perf_counter() - started), flush=True)
+        print(summary(world, time.process_time() - started), flush=True)
     return int(failed > 0)
 
 
@@ -43,7 +43,7 @@ def summary(world: World, seconds: float) -> str:
     state = world.coordinator.state
     faults = ", ".join(f"{count} {name}" for name, count in sorted(world.faults.counts.items()))
     return (
-        f"seed {world.seed}: {world.size} machines, {len(world.rules.layers)} stages, {state.phase} at step"
+        f"seed {world.seed}: {world.size} machines, {len(world.rules.layers)} stages, {'lost' if world.lost else state.phase} at step"
         f" {state.committed.step} of {world.config.steps}, generation {state.generation}, {world.watch.commits} commits,"
         f" {world.kernel.events} events, {world.kernel.now:.0f} s in {seconds:.2f} s; {faults or 'no fault'}"
     )

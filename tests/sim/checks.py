@@ -11,10 +11,12 @@ from potluck.coordinator.standstill import shifted
 from potluck.coordinator.state import (
     Command,
     Commit,
+    Dismiss,
     Input,
     Journal,
     Lease,
     Mark,
+    Point,
     Remember,
     ReturnLeases,
     Rules,
@@ -71,6 +73,16 @@ class Row:
     is_committed: bool = False
 
 
+@dataclass
+class Batch:
+    """What the hub takes at once: nothing of it may be acknowledged before it is in the state and on the disk."""
+
+    numbers: set[tuple[bytes, int]]  # session and number of every report
+    size: int
+    steps: int = 0
+    is_durable: bool = True  # nothing of it waits to be written
+
+
 class Watch:
     """Follows what becomes durable with a ledger of its own, and holds everything else to it."""
 
@@ -83,17 +95,35 @@ class Watch:
         self.plans: dict[int, Plan] = {}  # durable ones
         self.drafts: dict[int, Plan] = {}  # made by the state machine, perhaps never written
         self.now = self.before = Durable(0, (0, 0, 0), None)
+        self.batch: Batch | None = None
+        self.belief_is_old = False  # of who holds the older rounds: workers let them go without a word
+        self.points: set[tuple[int, bool]] = set()  # of the generation: step, and whether held-out
+        self.dropped: list[Mark] = []  # committed rounds that were given up
+        self.heard: dict[bytes, int] = {}  # newest report of each session
+        self.reached: dict[str, int] = {}
         self.commits = 0
+
+    def reach(self, what: str) -> None:
+        """Counts a situation that histories must come to."""
+        self.reached[what] = self.reached.get(what, 0) + 1
 
     # With every input.
 
     def step(self, rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunState, list[Command]]:
         """The real ``step``, looked at."""
         new, commands = run.step(rules, state, what, now)
+        if self.batch:
+            self.batch.steps += 1
+            self.batch.is_durable &= all(isinstance(c, Dismiss) for c in commands)
         if new.plan is not state.plan and new.plan is not None:
             hold(new.plan.generation > self.now.generation, f"generation {new.plan.generation} is used twice")
             self.drafts[new.plan.generation] = new.plan
         if isinstance(what, Said):
+            if what.report.seq and what.peer in state.members:
+                session = state.members[what.peer].session
+                if what.report.seq <= self.heard.get(session, 0):
+                    self.reach("a report is taken twice")
+                self.heard[session] = max(what.report.seq, self.heard.get(session, 0))
             self._fenced(rules, state, what, now, new, commands)
         if self.world.rng_checks.random() < 0.02:
             later, ordered = run.step(rules, shifted(state, SHIFT), what, now + SHIFT)
@@ -111,7 +141,7 @@ class Watch:
         generation = getattr(what.report, body).generation
         if state.plan is not None and generation == state.plan.generation and what.peer in state.plan.peers:
             return
-        self.world.fenced += 1
+        self.reach(f"a {body} of another generation")
         other, ordered = run.step(rules, state, Said(peer=what.peer, report=BEAT), now)
         if what.peer in other.members and what.peer in state.members:
             was = replace(other.members[what.peer], state=state.members[what.peer].state)
@@ -131,10 +161,13 @@ class Watch:
     # With every commit of the store.
 
     def written(self, commands: list[Command]) -> None:
+        if self.batch:
+            self.batch.is_durable = True
         if not commands:
             return
         now, touched = self.now, False
         for command in commands:
+            self.reach(type(command).__name__ if not isinstance(command, Journal) else command.event.kind)
             match command:
                 case Lease():
                     self._leased(command)
@@ -144,6 +177,7 @@ class Watch:
                 case Commit(mark=mark):
                     self._committed(mark)
                     now = Durable.of(now.generation, mark, None)
+                    self.belief_is_old = False
                     touched = True
                 case Uncommit(step=step):
                     self._uncommitted(step)
@@ -155,7 +189,15 @@ class Watch:
                     now = Durable(generation, now.committed, (stop.generation, stop.step) if stop else None)
                 case Journal(event=PlanIssued(generation=generation)) if generation in self.drafts:
                     hold(generation not in self.plans, f"generation {generation} is planned twice")
-                    self.plans[generation] = self.drafts.pop(generation)
+                    self.plans[generation] = plan = self.drafts.pop(generation)
+                    if plan.origin == "step":
+                        self.reach("an orderly stop is gone on from")
+                    if not self.belief_is_old:
+                        self._donors(plan)
+                    self.points.clear()
+                case Point(step=step, train=train):
+                    hold((step, train is None) not in self.points, f"a second point of step {step} in one generation")
+                    self.points.add((step, train is None))
         self.commits += 1
         if now != self.now:
             self.before, self.now = self.now, now
@@ -165,12 +207,28 @@ class Watch:
                 live |= row.mask
             hold(live & (live + 1) == 0, "samples are skipped: neither leased nor committed")
 
+    def _donors(self, plan: Plan) -> None:
+        """Who is to give a state has it."""
+        members = self.world.coordinator.state.members
+        for stage in plan.stages if plan.origin != "init" else ():
+            hold(stage.donors, "a stage without donors")
+            for donor in stage.donors:
+                worker, member = self.world.machines[donor.peer].worker, members.get(donor.peer)
+                if worker and worker.process.alive and member and worker.session == member.session:
+                    name = (plan.origin, plan.origin_generation, plan.first_step, (stage.first_layer, stage.last_layer))
+                    found = worker.points.find(*name)
+                    hold(found is not None, f"{donor.peer} is a donor of what it does not hold")
+
     def _leased(self, lease: Lease) -> None:
         mask = ((1 << lease.count) - 1) << lease.first
         for row in self.rows:
             hold(not row.mask & mask, f"samples from {lease.first} of step {lease.step} are leased twice")
         hold(lease.generation in self.plans, f"a lease of generation {lease.generation}, which has no plan")
         hold(lease.peer in self.plans[lease.generation].peers, f"a lease for {lease.peer}, who has no seat")
+        seen = [m.worker.engine.local for m in map(self.world.machines.get, self.plans[lease.generation].peers) if m and m.worker]
+        slowest = min((local.step for local in seen if local.generation == lease.generation), default=lease.step)
+        most = slowest + self.world.rules.lease_ahead
+        hold(lease.step < most, f"step {lease.step} is leased, but somebody has done {slowest} only")
         self.rows.append(Row(lease.generation, lease.step, mask))
         until = self.leased_until.get(lease.generation, 0)
         self.leased_until[lease.generation] = max(until, lease.step + 1)
@@ -199,7 +257,9 @@ class Watch:
         self.world.trace("ledger", f"step {mark.step} committed: {mark.sample} samples")
 
     def _uncommitted(self, step: int) -> None:
-        """Only what no complete set of members holds may be dropped."""
+        state = self.world.coordinator.state
+        self.dropped += [m for m in (state.committed, *state.marks) if m.step > step]
+        self.belief_is_old = True
         self.rows = [r for r in self.rows if r.is_committed and r.step < step]
         self.world.trace("ledger", f"back to step {step}")
 
@@ -219,7 +279,10 @@ class Watch:
         told = Durable.of(state.generation, state.committed, state.stop)
         hold(told in (self.now, self.before), f"{line.peer} is told of {told}, on the disk is {self.now}")
         if body == "ack":
-            hold(not hub.standing, "acknowledged while the disk refuses")
+            batch = self.batch
+            if batch and (line.session, message.ack.seq) in batch.numbers:
+                hold(batch.steps >= batch.size, "acknowledged before it is in the state")
+                hold(batch.is_durable, "acknowledged before it is on the disk")
             return
         view = message.view
         if view.HasField("plan"):
@@ -234,6 +297,7 @@ class Watch:
     def opened(self, state: RunState, store: Store) -> None:
         """A coordinator starts on what is on the disk."""
         found = Durable.of(state.generation, state.committed, state.stop)
+        self.reach("a coordinator starts")
         hold(found == self.now, f"after a restart there is {found}, but {self.now} was on the disk")
         self.ledger(store)
 

@@ -17,13 +17,15 @@ from unittest.mock import patch
 from potluck.coordinator import hub as hub_module
 from potluck.coordinator import service
 from potluck.coordinator.events import RunOpened
-from potluck.coordinator.hub import Hub, Line
+from potluck.coordinator.hub import Hub, Item, Line
 from potluck.coordinator.run import view_of
 from potluck.coordinator.state import Journal, Member, Rules, RunState, Uploaded
+from potluck.coordinator.turn import released
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.errors import StateError
 from potluck.protocol.plan import Plan
 
+from .checks import Batch
 from .disk import Disk, SimStore
 from .kernel import Condition, Gate, Kernel, Process, Queue, sleep
 from .net import Connection, End
@@ -62,23 +64,20 @@ class Views:
     """The real ``view_of``; what depends on the same parts of the state is made once."""
 
     def __init__(self) -> None:
+        self._state: RunState | None = None
         self._key: tuple[Any, ...] = ()
         self._views: dict[bool, pb.View] = {}
 
     def of(self, rules: Rules, state: RunState, peer: str) -> pb.View:
-        key = (state.plan, state.phase, state.note, state.until, state.end, state.closing, state.committed, state.publish)
-        if len(key) != len(self._key) or any(a is not b and a != b for a, b in zip(key, self._key, strict=True)):
-            self._key, self._views = key, {}
-        released = hub_module_released(state, peer)
-        if released not in self._views:
-            self._views[released] = view_of(rules, state, peer)
-        return self._views[released]
-
-
-def hub_module_released(state: RunState, peer: str) -> bool:
-    from potluck.coordinator.turn import released
-
-    return released(state, peer)
+        if state is not self._state:
+            s = self._state = state
+            key = (s.plan, s.phase, s.note, s.until, s.end, s.closing, s.committed, s.publish)
+            if key != self._key:
+                self._key, self._views = key, {}
+        is_released = released(state, peer)
+        if is_released not in self._views:
+            self._views[is_released] = view_of(rules, state, peer)
+        return self._views[is_released]
 
 
 class SimLine(Line):
@@ -87,6 +86,7 @@ class SimLine(Line):
     def __init__(self, peer: str, session: bytes, end: End, world: World) -> None:
         super().__init__(peer, session, outbox=None, room=Gate(world.kernel))  # type: ignore[arg-type]
         self.end, self.world, self.closed = end, world, Gate(world.kernel)
+        self.shown: pb.View | None = None
 
     def send(self, message: pb.Down) -> None:
         if self.end.open:
@@ -112,6 +112,22 @@ class SimHub(Hub):
     def __init__(self, rules: Rules, state: RunState, store: SimStore, machine: Coordinator) -> None:
         super().__init__(rules, state, store, NoBoard())  # type: ignore[arg-type]
         self.machine = machine
+
+    async def _take(self, batch: list[Item], now: float) -> None:
+        watch = self.machine.world.watch
+        watch.batch = Batch({(line.session, seq) for _, line, seq in batch if line is not None and seq}, len(batch))
+        await super()._take(batch, now)
+        watch.batch = None
+
+    def _show(self, state: RunState, line: Line) -> None:
+        """The real one, where the view is another than the line's last."""
+        assert isinstance(line, SimLine)
+        member, view = state.members.get(line.peer), None
+        if member is not None and member.session == line.session:
+            view = hub_module.view_of(self.rules, state, line.peer)
+        if view is None or view is not line.shown:
+            super()._show(state, line)
+            line.shown = view
 
     async def read(self, function: Callable[..., Any], *arguments: Any) -> Any:
         machine = self.machine
@@ -157,14 +173,15 @@ class Coordinator:
         if self.process.alive:
             return
         world = self.world
-        self.process = Process("coordinator")
+        self.process, store = Process("coordinator"), None
         try:
             store = SimStore(self.disk, world.watch)
             _, _, state = service.open_run(store, world.config, world.manifest)
             store.write([Journal(event=RunOpened(name=world.config.name, step=state.committed.step))], self.wall())
         except StateError as error:
             world.trace("coordinator", f"cannot start: {error}")
-            store.close()
+            if store:
+                store.close()
             self.process.alive = False
             self.kernel.later(self.rng.uniform(2, 10), self.start)
             return
@@ -184,7 +201,8 @@ class Coordinator:
         self.crash_at = ""
         self.world.trace("coordinator", "loses power" if power else "is killed")
         self._end(silent=power)
-        self.disk.power_fails()
+        if power:
+            self.disk.power_fails()
         self.kernel.later(self.rng.choice([0.2, 2.0, 10.0, 60.0]) * self.rng.random() + 0.1, self.start)
 
     def _end(self, *, silent: bool) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from .kernel import Process, sleep
 from .net import COORDINATOR
-from .weights import Content
 
 if TYPE_CHECKING:
     from .worker import Machine
@@ -32,7 +31,7 @@ class Faults:
             "leave": (60, self.leave),
             "newcomer": (30, self.newcomer),
             "storm": (15, self.storm),
-            "rot": (20, self.rot),
+            "rot": (60, self.rot),
             "hang": (10, self.hang),
             "break": (120, self.break_line),
             "stall": (60, self.stall),
@@ -44,7 +43,7 @@ class Faults:
             "disk": (30, self.disk),
             "slow disk": (20, self.slow_disk),
             "clock": (15, self.clock),
-            "stop": (15, self.stop),
+            "stop": (30, self.stop),
         }
         strength = rng.choice([0.5, 1.0, 2.0, 4.0])
         self.plan = {
@@ -82,6 +81,9 @@ class Faults:
             self.world.trace(machine.peer, f"is paused for {seconds:.0f} s")
             machine.worker.process.paused_until = self.world.kernel.now + seconds
             self.later(seconds, self.world.crew.settle_all)
+            if machine.worker.connection:
+                until = machine.worker.process.paused_until
+                machine.worker.connection.server.unanswered(lambda: until > self.world.kernel.now)
 
     def wipe(self) -> None:
         machine = self.some()
@@ -117,12 +119,14 @@ class Faults:
 
     def rot(self) -> None:
         """Memory goes bad: the reference is not what it was."""
-        machine = self.some()
-        if machine.alive:
+        seated = [m for m in self.world.machines.values() if m.alive and m.worker and m.worker.engine.local.seated]
+        if seated:
+            machine = self.rng.choice(seated)
             assert machine.worker
-            self.world.trace(machine.peer, "its memory rots")
             engine = machine.worker.engine
-            engine.content = Content.rotten(engine.content, self.rng.randrange(1 << 30))
+            if engine.content.name in self.world.watch.contents:  # else there is no digest to see it by
+                self.world.trace(machine.peer, "its memory rots")
+                engine.content = engine.content.rotten(self.rng.randrange(1 << 30))
 
     def hang(self) -> None:
         machine = self.some()
@@ -133,13 +137,19 @@ class Faults:
     # Lines.
 
     def break_line(self) -> None:
-        """Both ends learn it at once, or only the worker's does, or only the coordinator's."""
+        """Both ends learn it, or one; most often of a worker whose reports are not acknowledged yet."""
         connections = list(self.world.net.connections)
+        talking = [m.worker for m in self.world.machines.values() if m.worker and m.alive and m.worker.unacked]
+        if talking and self.rng.random() < 0.7:
+            connections = [c for c in (w.connection for w in talking) if c and c.client.open]
         if connections:
             connection = self.rng.choice(connections)
-            ends = [connection.client, connection.server]
-            for end in self.rng.sample(ends, self.rng.choice([1, 2])):
-                end.broken()
+            if self.rng.random() < 0.5:
+                connection.client.broken(half_open=True)
+            else:
+                ends = [connection.client, connection.server]
+                for end in self.rng.sample(ends, self.rng.choice([1, 2])):
+                    end.broken()
 
     def stall(self) -> None:
         """What a worker sends on this connection comes minutes late; it dials again meanwhile."""
@@ -148,7 +158,7 @@ class Faults:
             connection = self.rng.choice(connections)
             connection.client.stalled = 600 * self.rng.random()
             self.world.trace(connection.client.here, f"its line stalls for {connection.client.stalled:.0f} s")
-            self.later(self.rng.uniform(1, 20), connection.client.broken)
+            self.later(self.rng.uniform(1, 20), lambda: connection.client.broken(half_open=True))
 
     def _cut(self, one: str, other: str) -> None:
         seconds = self.rng.choice([2.0, 10.0, 60.0, 300.0]) * self.rng.random()
@@ -182,8 +192,12 @@ class Faults:
         self.later(seconds, self.world.mend_disk)
 
     def slow_disk(self) -> None:
+        """Lines break meanwhile, so that reports are repeated while the first ones are still being written."""
         self.world.coordinator.disk.slowness = self.rng.choice([10.0, 100.0, 2000.0])
-        self.later(self.rng.uniform(1, 30), self.world.quick_disk)
+        seconds = self.rng.uniform(1, 30)
+        for _ in range(4):
+            self.later(seconds * self.rng.random(), self.break_line)
+        self.later(seconds, self.world.quick_disk)
 
     def clock(self) -> None:
         """The wall clock is set."""

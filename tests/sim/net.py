@@ -10,6 +10,7 @@ from typing import Any
 from .kernel import Kernel, Queue
 
 COORDINATOR = "coordinator"
+KEEPALIVE_SECONDS = (10.0, 25.0)  # until a dead line is noticed: see protocol/tls.py
 Pair = tuple[str, str]
 
 
@@ -42,14 +43,7 @@ class Network:
         for connection in list(self.connections):
             if connection.between == between:
                 for end in (connection.client, connection.server):
-                    if self.rng.random() < 0.8:
-                        self.kernel.later(
-                            self.rng.uniform(2, 40), lambda end=end: self._noticed(end, between, since)  # type: ignore[misc]
-                        )
-
-    def _noticed(self, end: End, between: Pair, since: float) -> None:
-        if self.cut_since.get(between) == since:
-            end.broken()
+                    end.unanswered(lambda: self.cut_since.get(between) == since)
 
     def is_cut(self, one: str, other: str) -> bool:
         return bool(self.cut_since) and pair(one, other) in self.cut_since
@@ -75,7 +69,7 @@ class End:
     def __init__(self, connection: Connection, here: str, there: str) -> None:
         self.connection, self.here, self.there = connection, here, there
         self.inbox: Queue[Any] = Queue(connection.net.kernel)
-        self.open = True
+        self.open, self.half_open = True, False
         self.stalled = 0.0  # seconds that what is sent from now on takes longer
         self._last = 0.0
         self._held: deque[Any] = deque()
@@ -102,15 +96,28 @@ class End:
             if self.open:
                 self.inbox.put_nowait(item)
 
-    def broken(self) -> None:
-        """This side learns that the line is dead."""
+    def unanswered(self, still: Callable[[], bool] = lambda: True) -> None:
+        """The other side answers no keepalive from now on: if that is so later ``still``, this side hangs up."""
+
+        def noticed() -> None:
+            if still():
+                self.broken()
+
+        net = self.connection.net
+        net.kernel.later(net.rng.uniform(*KEEPALIVE_SECONDS), noticed)
+
+    def broken(self, *, half_open: bool = False) -> None:
+        """This side learns that the line is dead; ``half_open``: the other side does not, for a while."""
+        self.half_open |= half_open
         if self.open:
             self.inbox.put_nowait(None)
 
     def close(self, *, silent: bool = False) -> None:
         """``silent``: the other side is not told, as when the power fails."""
         if self.open:
-            if not silent:
+            if silent or self.half_open:
+                self.peer.unanswered()
+            else:
                 self.send(None)
             self.open = False
             if not self.peer.open:

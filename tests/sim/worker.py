@@ -79,7 +79,7 @@ class Worker:
         self.leaving = self.closing = self.welcomed_once = False
         self.unacked: deque[pb.Up] = deque()
         self._seq = self._sent = 0
-        self._connection: Connection | None = None
+        self.connection: Connection | None = None
         self._welcome = False
         self.engine: Engine = Engine(self)
         self.kernel.spawn(self._run(), self.process)
@@ -88,8 +88,8 @@ class Worker:
 
     def end(self, *, silent: bool = False) -> None:
         """At once."""
-        if self._connection:
-            self._connection.client.close(silent=silent)
+        if self.connection:
+            self.connection.client.close(silent=silent)
         self.machine.down_since = self.kernel.now
         self.process.kill()
 
@@ -116,10 +116,10 @@ class Worker:
             self.report(leaving=pb.Leaving())
 
     def _flush(self) -> None:
-        if self._welcome and self._connection:
+        if self._welcome and self.connection:
             for up in self.unacked:
                 if up.seq > self._sent:
-                    self._connection.client.send(up)
+                    self.connection.client.send(up)
                     self._sent = up.seq
 
     def _acknowledged(self, seq: int) -> None:
@@ -150,7 +150,7 @@ class Worker:
             return "unreachable"
         await sleep(3 * net.delay(self.peer, COORDINATOR))
         connection = Connection(net, self.peer)
-        self._connection, self._welcome = connection, False
+        self.connection, self._welcome = connection, False
         end = connection.client
         if not self.world.coordinator.accept(connection):
             connection.server.close(silent=True)

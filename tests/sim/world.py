@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import tempfile
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from manifests import manifest
 
 from potluck.coordinator.service import rules_of
+from potluck.coordinator.state import Mark
 from potluck.protocol.config import (
     CheckpointConfig,
     CoordinatorConfig,
@@ -42,7 +45,7 @@ def a_config(rng: random.Random, size: int) -> RunConfig:
     stages = rng.choice([1, 2, 2, 3]) if size < 20 else rng.choice([2, 3, 4])
     return RunConfig(
         seed=rng.randrange(1000),
-        steps=rng.randint(6, 16) if size < 100 else rng.randint(3, 6),
+        steps=rng.randint(8, 32) if size < 50 else rng.randint(3, 6),
         model=ModelConfig(d_model=8, layers=4, heads=1, rotary_dim=2, seq_len=8),
         pipeline=PipelineConfig(stages=stages, microbatches=rng.choice([1, 2]), microbatch_size=rng.choice([1, 2])),
         sync=SyncConfig(preset="cocktail", **sync),  # type: ignore[arg-type]
@@ -75,7 +78,7 @@ class World:
     faulty: bool = True
     wiped: bool = False
     finished: bool = False
-    fenced: int = 0  # reports of another generation that were looked at
+    lost: bool = False  # nobody holds any state of the run: it cannot go on
 
     def __post_init__(self) -> None:
         rng = self.rng = random.Random(self.seed)
@@ -84,7 +87,6 @@ class World:
         self.size = a_size(rng)
         self.config, self.manifest = a_config(rng, self.size), MANIFEST
         self.rules = rules_of(self.config, MANIFEST)
-        self.step_seconds = rng.choice([0.2, 1.0, 4.0])
         self.machines: dict[str, Machine] = {}
         self.net = Network(self.kernel, random.Random(rng.random()))
         self.crew = Crew(self)
@@ -92,8 +94,11 @@ class World:
         self.watch = Watch(self)
         self.coordinator = Coordinator(self, self.folder, random.Random(rng.random()))
         self.faults = Faults(self, random.Random(rng.random()))
-        self.faulty_seconds = rng.choice([60.0, 200.0, 400.0]) if self.size < 50 else 100.0
+        self.faulty_seconds = rng.choice([60.0, 200.0, 300.0]) if self.size < 50 else 60.0
+        wanted = self.faulty_seconds / self.config.steps * rng.choice([0.2, 0.5])
+        self.step_seconds = min(wanted, self.rules.lease_seconds / 10)
         self.nature = Process("nature")
+        self.deadline = self.faulty_seconds + 100.0
 
     def trace(self, who: str, what: str) -> None:
         self.lines.append((self.kernel.now, who, what))
@@ -125,11 +130,15 @@ class World:
         self.kernel.spawn(self._volunteers(), self.nature)
         while not self.finished and self.kernel.events < MOST_EVENTS:
             self.kernel.turn()
-            if not self.faulty and self.kernel.now > self.faulty_seconds + CALM_SECONDS:
-                break
-        if not self.finished and not self.can_go_on():
-            self.trace("nobody", "holds any state of this run")
-            return
+            if self.kernel.now > self.deadline:
+                if not self.can_go_on():
+                    self.trace("nobody", "holds any state of this run")
+                    self.lost = True
+                    hold(not self.held(self.watch.dropped), "the run was given up, though all it needs is there")
+                    return
+                if self.deadline >= self.faulty_seconds + CALM_SECONDS:
+                    break
+                self.deadline += 100.0
         self.over()
 
     async def _volunteers(self) -> None:
@@ -158,10 +167,14 @@ class World:
         state = self.coordinator.state
         if state.committed.kind == "init":
             return True
+        return self.held((state.committed, *state.marks))
+
+    def held(self, marks: Iterable[Mark]) -> bool:
+        """Whether somebody holds one of ``marks`` for every stage."""
         held = [{*m.disk, *(m.worker.points.memory if m.worker and m.alive else ())} for m in self.machines.values()]
         return any(
             all(any(mark.savepoint(i, layers) in h for h in held) for i, layers in enumerate(self.rules.layers))
-            for mark in (state.committed, *state.marks)
+            for mark in marks
         )
 
     def over(self) -> None:
@@ -184,6 +197,7 @@ def simulate(seed: int, *, trace: bool = False) -> World:
     world = World(seed, folder, trace_all=trace)
     try:
         with patched(world):
+            logging.disable(logging.CRITICAL)
             try:
                 world.run()
             except Exception as error:
@@ -192,8 +206,10 @@ def simulate(seed: int, *, trace: bool = False) -> World:
                 broken.world = world  # type: ignore[attr-defined]
                 raise broken from error
             finally:
+                logging.disable(logging.NOTSET)
                 for machine in world.machines.values():
-                    machine.kill(silent=True)
+                    if machine.worker:
+                        machine.worker.process.kill()
                 world.coordinator.process.kill()
                 world.nature.kill()
                 if world.coordinator.hub:
