@@ -82,6 +82,8 @@ def main(verbose: bool) -> None:
 )
 @click.option("--resume", is_flag=True, help="Go on with the run that was stopped.")
 @click.option("--plain", is_flag=True, help="Lines instead of a live display.")
+@click.option("--chaos", is_flag=True, help="Kill and stop its processes at random, and prove that nothing is lost.")
+@click.option("--seed", type=click.IntRange(0), default=None, help="Of the chaos.  [default: another each time]")
 def demo(**options: Any) -> None:
     """Train a small GPT-J on this machine, with every part a process of its own.
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .chaos import Chaos
 from .protocol.config import (
     CheckpointConfig,
     CoordinatorConfig,
@@ -52,6 +53,8 @@ class DemoConfig:
     keep: Path | None = None
     resume: bool = False
     plain: bool = False
+    chaos: bool = False
+    seed: int | None = None  # of the chaos
 
 
 def run_config(demo: DemoConfig) -> RunConfig:
@@ -65,7 +68,7 @@ def run_config(demo: DemoConfig) -> RunConfig:
         optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, schedule="cosine"),
         sync=SyncConfig(preset=demo.preset),  # type: ignore[arg-type]
         eval=EvalConfig(every=30, samples=32),
-        checkpoint=CheckpointConfig(save_rounds=10, publish_rounds=1000),
+        checkpoint=CheckpointConfig(save_rounds=1 if demo.chaos else 10, publish_rounds=1000),
         coordinator=CoordinatorConfig(wait_for=demo.workers, patience_seconds=30.0),
     )
 
@@ -80,6 +83,7 @@ def run(demo: DemoConfig) -> int:
     folder, config = prepare(demo)
     show = Screen(plain=demo.plain)
     crew = Crew(folder, config.coordinator.wait_for)
+    chaos = Chaos(crew, show, demo.seed) if demo.chaos else None
     interrupted = threading.Event()
     handlers = {n: signal.signal(n, lambda *_: interrupted.set()) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -93,8 +97,10 @@ def run(demo: DemoConfig) -> int:
         show.page = ready["page"]
         show.say(f"Dashboard: {ready['page']}")
         crew.start_workers(ready["ticket"])
-        return watch(demo, crew, show, interrupted)
+        return watch(demo, crew, show, interrupted, chaos)
     finally:
+        if chaos:
+            chaos.end()
         crew.end()
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -141,6 +147,8 @@ class Crew:
     coordinator: subprocess.Popen[bytes] | None = None
     members: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     helpers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _command: list[str] = field(default_factory=list)
+    _ticket: str = ""
 
     def start_coordinator(self, interrupted: threading.Event, show: Screen) -> dict[str, str] | None:
         """Starts it and waits until it is up; None if Ctrl-C came first."""
@@ -153,7 +161,9 @@ class Crew:
             "--data-dir",
             str(self.folder / "coordinator"),
         ]
-        self.coordinator = self._spawn("coordinator", [*command, "--ready-file", str(ready)])
+        self._command = [*command, "--ready-file", str(ready)]
+        self.restart_coordinator()
+        assert self.coordinator is not None
         show.say("Preparing the corpus and tokenizer, starting the coordinator …")
         while not ready.exists():
             if interrupted.wait(0.1):
@@ -165,21 +175,19 @@ class Crew:
                 )
         return json.loads(ready.read_text(encoding="utf-8"))
 
+    def restart_coordinator(self) -> None:
+        """The same command again: it goes on where the last one was."""
+        self.coordinator = self._spawn("coordinator", self._command)
+
     def start_workers(self, ticket: str) -> None:
-        threads = max(1, (os.cpu_count() or 2) // self.workers)
+        self._ticket = ticket
         for i in range(1, self.workers + 1):
-            name = f"worker-{i}"
-            options = [
-                "--name",
-                name,
-                "--threads",
-                str(threads),
-                "--device",
-                "cpu",
-                "--data-dir",
-                str(self.folder / name),
-            ]
-            self.members[name] = self._spawn(name, ["worker", "join", ticket, *options])
+            self.start_worker(f"worker-{i}")
+
+    def start_worker(self, name: str) -> None:
+        threads = str(max(1, (os.cpu_count() or 2) // self.workers))
+        options = ["--name", name, "--threads", threads, "--device", "cpu", "--data-dir", str(self.folder / name)]
+        self.members[name] = self._spawn(name, ["worker", "join", self._ticket, *options])
 
     def sample(self, model: Path) -> subprocess.Popen[bytes]:
         """A process that lets a published model write; its text goes to stdout."""
@@ -263,11 +271,12 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def watch(demo: DemoConfig, crew: Crew, show: Screen, interrupted: threading.Event) -> int:
+def watch(demo: DemoConfig, crew: Crew, show: Screen, interrupted: threading.Event, chaos: Chaos | None) -> int:
     """Follows the run to its end."""
     checkpoints = crew.folder / "coordinator" / "checkpoints"
     first: subprocess.Popen[bytes] | None = None
     reported: set[str] = set()
+    steps = load(crew.folder / "run.yaml").steps
     with show.live():
         while True:
             assert crew.coordinator is not None
@@ -282,8 +291,10 @@ def watch(demo: DemoConfig, crew: Crew, show: Screen, interrupted: threading.Eve
                     show.say(f"{name} ended: {crew.last_line(name)}")
             if state and state["phase"] == "finished":
                 break
-            if crew.coordinator.poll() is not None:
-                if crew.coordinator.returncode == 0 and show.state and show.state["phase"] == "finishing":
+            if chaos:
+                chaos.tick(state)
+            if crew.coordinator.poll() is not None and not (chaos and chaos.coordinator_is_down):
+                if crew.coordinator.returncode == 0 and (checkpoints / f"step-{steps:08d}").exists():
                     break
                 raise StateError(
                     f"the coordinator ended: {crew.last_line('coordinator')}",
@@ -298,6 +309,8 @@ def watch(demo: DemoConfig, crew: Crew, show: Screen, interrupted: threading.Eve
                 break
     if interrupted.is_set():
         interrupted.clear()
+        if chaos:
+            chaos.end()
         show.say("Stopping: workers finish their step and save (Ctrl-C again to stop at once) …")
         stopping = threading.Thread(target=crew.stop, daemon=True)
         stopping.start()
@@ -312,6 +325,8 @@ def watch(demo: DemoConfig, crew: Crew, show: Screen, interrupted: threading.Eve
     show.summary(text_of(first) if first else None, after, model)
     with contextlib.suppress(subprocess.TimeoutExpired):
         crew.coordinator.wait(10.0)
+    for line in chaos.proof() if chaos else ():
+        show.say(line)
     return 0
 
 

@@ -58,15 +58,17 @@ class MemoryWire:
 
     def post(self, peer: str, frame: Frame) -> None:
         self.memory.count(frame)
-        h = frame.header
-        self.memory.boxes[peer].put(Address(h.generation, h.kind, h.step, h.part, h.microbatch, self.peer), frame)
+        self.memory.boxes[peer].put(Address.of(frame.header, self.peer), frame)
 
-    def take(self, address: Address, also: Sequence[Address] = ()) -> Frame:
+    def take(self, wanted: Sequence[Address], attempt: int = 0) -> tuple[Address, Frame]:
         self.memory.baton.release()
         try:
-            return self.memory.boxes[self.peer].take(address, also=also)
+            return self.memory.boxes[self.peer].take(wanted, attempt)
         finally:
             self.memory.baton.acquire()
+
+    def holds(self, address: Address) -> bool:
+        return self.memory.boxes[self.peer].holds(address)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ class Swarm:
             samples, done = samples + result.samples, step + 1
             if seat.is_last:
                 self._losses[step] += result.loss_sum
-                self._targets[step] += result.targets
+                self._targets[step] += result.loss_targets
             last = done == config.steps
             if pending is not None and (last or is_applied(rule, config.seed, captured, done)):
                 apply(stage, pending, late=True)

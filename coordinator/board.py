@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.frames import Purpose
 from ..protocol.plan import stage_parameters
+from .clock import Clock
 from .state import Commit, Journal, Point, Rules, RunState, Said
 from .store import Store
 
@@ -60,6 +60,7 @@ class Board:
         self.config, self.rules, self.run_id, self.vocab_size = config, rules, run_id, vocab_size
         self.version = 1
         self.published: str | None = None
+        self.clock = Clock()
         self._state = RunState()
         self._changed = asyncio.Condition()
         self._figures: dict[str, PeerFigures] = {}
@@ -79,14 +80,15 @@ class Board:
             ({"id": i, "time": t, "kind": k, "text": text} for i, t, k, text in reversed(recent)), maxlen=100
         )
         rounds = store.rows(
-            "SELECT round, step, replicas, samples, nbytes, seconds, committed FROM rounds ORDER BY step DESC LIMIT 30"
+            "SELECT round, step, replicas, samples, nbytes, seconds, committed, degraded FROM rounds"
+            " ORDER BY step DESC LIMIT 30"
         )
         self._rounds = deque(
             (round_row(*row) for row in reversed(rounds)),
             maxlen=30,
         )
         first = store.rows("SELECT MIN(time) FROM events")
-        self._started = first[0][0] or time.time()
+        self._started = first[0][0] or self.clock()
         for peer, session, purpose, direction, nbytes, dense in store.rows("SELECT * FROM traffic"):
             self._traffic[peer, session, purpose, direction] = (nbytes, dense)
 
@@ -147,7 +149,8 @@ class Board:
                 )
             else:
                 c = command
-                self._rounds.append(round_row(c.round, c.mark.step, c.replicas, c.samples, c.nbytes, c.seconds, now))
+                values = (c.round, c.mark.step, c.replicas, c.samples, c.nbytes, c.seconds, now, c.degraded)
+                self._rounds.append(round_row(*values))
         self._notify()
 
     def publish(self, path: str) -> None:
@@ -202,7 +205,7 @@ class Board:
         codec = f"{forward} both ways" if forward == backward else f"{forward} forward, {backward} backward"
         return {
             "version": self.version,
-            "now": time.time(),
+            "now": self.clock(),
             "run": {
                 "name": config.name,
                 "id": self.run_id,
@@ -233,7 +236,7 @@ class Board:
                     "first_layer": a,
                     "last_layer": b - 1,
                     "parameters": n,
-                    "replicas": [r.peer for r in state.plan.stages[i].replicas] if state.plan else [],
+                    "replicas": [r.peer for r in state.plan.replicas[i]] if state.plan else [],
                 }
                 for i, ((a, b), n) in enumerate(zip(self.rules.layers, counts, strict=True))
             ],
@@ -251,6 +254,7 @@ class Board:
             shown = "loading"
         elif place is None:
             shown = "waiting"
+        shown = "away" if member.away is not None else shown
         figures = self._figures.get(peer, PeerFigures())
         totals = {"in": 0, "out": 0}
         for (owner, _, _, direction), (nbytes, _) in self._traffic.items():
@@ -270,7 +274,7 @@ class Board:
         }
 
     def _speed(self, train: list[dict[str, Any]]) -> float | None:
-        recent = [p for p in train if p["time"] >= time.time() - RATE_SECONDS]
+        recent = [p for p in train if p["time"] >= self.clock() - RATE_SECONDS]
         if len(recent) < 2 or recent[-1]["time"] <= recent[0]["time"]:
             return None
         return (recent[-1]["tokens"] - recent[0]["tokens"]) / (recent[-1]["time"] - recent[0]["time"])
@@ -288,7 +292,7 @@ class Board:
 
 
 def round_row(
-    number: int, step: int, replicas: int, samples: int, nbytes: int, seconds: float, committed: float
+    number: int, step: int, replicas: int, samples: int, nbytes: int, seconds: float, committed: float, degraded: bool
 ) -> dict[str, Any]:
     return {
         "round": number,
@@ -299,7 +303,7 @@ def round_row(
         "nbytes": nbytes,
         "seconds": seconds,
         "committed": committed,
-        "degraded": False,
+        "degraded": bool(degraded),
     }
 
 

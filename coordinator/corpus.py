@@ -29,6 +29,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..protocol.errors import ConfigError, PotluckError, StateError
+from ..protocol.failpoints import failpoint
 from ..protocol.manifest import MANIFEST_FILE, TOKENIZER_FILE, TOKENS_FILE, Dtype, Manifest
 
 Progress = Callable[[str, float], None]
@@ -95,6 +96,7 @@ def prepare(
         building.mkdir(parents=True)
         try:
             manifest = _build(recipe, building, say)
+            failpoint("coordinator.corpus.rename")
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
             for name in (TOKENS_FILE, TOKENIZER_FILE, CONFIG_FILE, RECIPE_FILE, MANIFEST_FILE):
                 os.replace(building / name, folder / name)
@@ -159,6 +161,7 @@ def _build(recipe: _Recipe, folder: Path, say: Progress) -> Manifest:
     with (folder / _ALL_FILE).open("wb") as file:
         while batch := list(islice(everything, _BATCH_DOCUMENTS)):
             for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch), strict=True):
+                failpoint("coordinator.corpus.write")
                 file.write(np.array([*encoding.ids, EOS_ID], dtype=stored).tobytes())
                 keys.append(hashlib.sha256(f"{recipe.seed}:{text}".encode()).digest())
                 sizes.append(len(encoding.ids) + 1)

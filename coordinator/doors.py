@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import PotluckError, RefusedError, StateError, WireError
+from ..protocol.failpoints import failpoint, failpoint_async
 from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
 from ..protocol.identity import peer_id_of, verify
 from ..protocol.plan import Plan, SavePoint
@@ -88,6 +89,7 @@ class Doors:
             return
         except (TimeoutError, DecodeError):
             return
+        await failpoint_async("coordinator.hello.accepted")
         line = Line(member.peer, member.session)
         token = os.urandom(16)
         self._tokens[token] = member.peer
@@ -173,6 +175,7 @@ class Doors:
         with path.open("rb") as file:
             file.seek(request.offset)
             while data := await loop.run_in_executor(None, file.read, PIECE_NBYTES):
+                await failpoint_async("coordinator.blob.piece")
                 yield pb.Piece(data=data)
 
     async def upload(self, pieces: AsyncIterator[pb.UploadPiece], context: grpc.aio.ServicerContext) -> pb.UploadResult:
@@ -207,8 +210,10 @@ class Doors:
                     if size > first.nbytes:
                         raise WireError("an upload longer than announced")
                     digest.update(piece.data)
+                    failpoint("coordinator.upload.piece")
                     file.write(piece.data)
                     piece = await anext(aiter(pieces), None)
+                await failpoint_async("coordinator.upload.written")
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
             if size != first.nbytes or digest.digest() != first.sha256:

@@ -23,10 +23,12 @@ class Event(Struct, frozen=True, kw_only=True, tag=True):
 class RunOpened(Event, frozen=True, kw_only=True):
     name: str
     step: int
+    generation: int = 0  # that goes on
 
     @property
     def text(self) -> str:
-        return f"Run {self.name} opened" + (f" again at step {self.step}" if self.step else "")
+        again = f" again at step {self.step}" if self.step or self.generation else ""
+        return f"Run {self.name} opened{again}" + (f": plan {self.generation} goes on" if self.generation else "")
 
 
 class PeerJoined(Event, frozen=True, kw_only=True):
@@ -78,6 +80,41 @@ class Waiting(Event, frozen=True, kw_only=True):
         return f"Waiting: {self.why}"
 
 
+class Rerouted(Event, frozen=True, kw_only=True):
+    """A generation goes on without a replica: the others of its stage do what it had not brought into a round."""
+
+    generation: int
+    peer: str
+    name: str
+    stage: int
+    since: int  # steps done in the last committed round
+    void: int  # rounds up to here are left out
+    left: int  # replicas of the stage
+
+    @property
+    def text(self) -> str:
+        others = "the other replica takes" if self.left == 1 else f"the other {self.left} replicas take"
+        return f"Going on without {self.name}: {others} over its part of stage {self.stage} from step {self.since}"
+
+
+class Held(Event, frozen=True, kw_only=True):
+    """Nothing new is leased: a stage has too few replicas."""
+
+    why: str
+
+    @property
+    def text(self) -> str:
+        return f"Held: {self.why}"
+
+
+class Degraded(Event, frozen=True, kw_only=True):
+    why: str
+
+    @property
+    def text(self) -> str:
+        return f"Nobody came: going on degraded, {self.why}"
+
+
 class TrainingStarted(Event, frozen=True, kw_only=True):
     generation: int
     step: int
@@ -94,10 +131,12 @@ class RoundCommitted(Event, frozen=True, kw_only=True):
     samples: int
     nbytes: int
     seconds: float
+    degraded: bool = False  # a stage had fewer replicas than the run's quorum
 
     @property
     def text(self) -> str:
-        return f"Round {self.round} committed at step {self.step}: {self.samples} samples, all replicas agree"
+        how = "below quorum, those left agree" if self.degraded else "all replicas agree"
+        return f"Round {self.round} committed at step {self.step}: {self.samples} samples, {how}"
 
 
 class RoundRefused(Event, frozen=True, kw_only=True):

@@ -92,6 +92,7 @@ class Issued:
     step: int
     sample: int | None  # None: where the leases before it end
     stages: tuple[int, ...]  # replicas
+    lost: set[str] = field(default_factory=set)  # that the generation went on without
 
 
 @dataclass
@@ -103,6 +104,7 @@ class History:
     plans: dict[int, Issued] = field(default_factory=dict)
     started: set[int] = field(default_factory=set)
     rounds: list[tuple[int, int, ev.RoundCommitted, int]] = field(default_factory=list)  # id, generation, it, sample
+    replicas: dict[int, int] = field(default_factory=dict)  # that each round must have, by its number
     lost: dict[int, int] = field(default_factory=dict)  # round to its samples
     newest: int = 0  # round number ever given
 
@@ -142,6 +144,14 @@ def follow(past: History, event_id: int, event: ev.Event, report: Report) -> Non
             if generation != past.generation or plan is None or plan.step != step:
                 wrong(f"training starts in generation {generation} at step {step}, which is not what was planned")
             past.started.add(generation)
+        case ev.Rerouted(generation=generation, peer=peer, since=since):
+            plan = past.plans.get(generation)
+            if generation != past.generation or generation not in past.started or plan is None or peer in plan.lost:
+                wrong(f"generation {generation} goes on without {peer[:CLIP]}, which it cannot")
+            else:
+                plan.lost.add(peer)
+            if since != past.step:
+                wrong(f"going on from step {since}, but the last round was at step {past.step}")
         case ev.RoundCommitted(round=number, step=step):
             if step <= past.step or number <= past.newest or event.samples < 1:
                 what = f"round {number} at step {step} with {event.samples} samples"
@@ -149,6 +159,8 @@ def follow(past: History, event_id: int, event: ev.Event, report: Report) -> Non
             if past.generation not in past.started:
                 wrong(f"round {number} is committed before its generation's training started")
             past.rounds.append((event_id, past.generation, event, past.sample + event.samples))
+            if plan := past.plans.get(past.generation):
+                past.replicas[number] = sum(plan.stages) - len(plan.lost)
             past.newest = max(past.newest, number)
         case ev.RolledBack(step=step):
             past.epoch += 1

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,9 @@ from typing import Any
 
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import StateError
+from ..protocol.failpoints import failpoint, failpoint_async
 from .board import Board
+from .resume import keep
 from .run import step, view_of
 from .standstill import Standstill, shifted
 from .state import (
@@ -44,7 +45,7 @@ from .store import Store, passing
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
-HANG_SECONDS = 5.0  # of one write: from here on its time counts for nobody
+HANG_SECONDS = 2.0  # of one write, or between two turns: from here on the time counts for nobody
 BATCH = 500
 MOST_WAITING_NBYTES = 256 * 1024  # of one worker's reports, before no more of them is read
 REPORT_NBYTES = 200  # that a report costs beside its own
@@ -80,6 +81,7 @@ class Hub:
 
     def __init__(self, rules: Rules, state: RunState, store: Store, board: Board) -> None:
         self.rules, self.state, self.store, self.board = rules, state, store, board
+        self.clock = board.clock
         self.failed: StateError | None = None
         self.standing: Standstill | None = None
         self.lines: dict[bytes, Line] = {}
@@ -91,6 +93,7 @@ class Hub:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Condition()
+        self._awake = self.clock()  # when this process was last seen to run
 
     async def start(self) -> None:
         self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._ticks())]
@@ -195,7 +198,10 @@ class Hub:
                 batch.append(await self._queue.get())
             while not self._queue.empty() and len(batch) < BATCH:
                 batch.append(self._queue.get_nowait())
-            now = time.time()
+            now = self.clock()
+            if (asleep := now - self._awake) > HANG_SECONDS:  # a lid, a paused machine
+                log.warning("this process slept for %.1f s: that counts for nobody", asleep)
+                self.state = shifted(self.state, asleep)
             try:
                 await self._take(batch, now)
             except StateError as error:
@@ -208,6 +214,7 @@ class Hub:
 
     async def _take(self, batch: list[Item], now: float) -> None:
         """Everything that follows from a batch, if it can be written down; ``StateError`` and nothing of it if not."""
+        await failpoint_async("coordinator.batch.taken")
         state, beats = self.state, dict(self._beats)
         commands: list[Command] = []
         if self.standing:
@@ -219,14 +226,17 @@ class Hub:
             commands += ordered
         said = [(line.session, what) for what, line, _ in items if line is not None and isinstance(what, Said)]
         heard = self.board.heard(said)
-        durable = [c for c in commands if not isinstance(c, Dismiss)]
+        durable = [*(c for c in commands if not isinstance(c, Dismiss)), *keep(self.state, state)]
         if durable or heard.statements:
             await self.read(self.store.write, durable, now, heard.statements)
-        changed = state.phase != self.state.phase or any(isinstance(what, Gone) for what, _, _ in batch)
-        waited = time.time() - now
+        fewer = self.state.members.keys() - state.members.keys() or any(isinstance(what, Gone) for what, _, _ in batch)
+        changed = state.phase != self.state.phase or fewer
+        self._awake = self.clock()
+        waited = self._awake - now
         self.state = state if waited < HANG_SECONDS else shifted(state, waited)  # a disk that hangs is nobody's fault
         if self.standing:
             self._go_on(beats)
+        await failpoint_async("coordinator.acks")
         self._tell(batch, commands)
         self.board.update(self.state, [c for c in durable if isinstance(c, Journal | Point | Commit)], now, heard)
         if changed:
@@ -250,6 +260,7 @@ class Hub:
                 line.send(pb.Down(refuse=pb.Refuse(code=command.code, text=command.text, hint=command.hint)))
                 line.close()
         for line in self.lines.values():
+            failpoint("coordinator.view")
             self._show(self.state, line)
 
     def _show(self, state: RunState, line: Line) -> None:
@@ -281,6 +292,7 @@ class Hub:
                 self._show(noted, line)
             await self._notify()
         await asyncio.sleep(self.standing.pause_seconds)
+        self._awake = self.clock()
 
     def _go_on(self, beats: dict[bytes, Item]) -> None:
         """It is written: ``beats`` with it, newer ones follow."""
@@ -294,7 +306,7 @@ class Hub:
     async def _fail(self, error: StateError) -> None:
         self.failed = error
         self.state = replace(self.state, note=error.one_line())
-        self.board.update(self.state, [], time.time())
+        self.board.update(self.state, [], self.clock())
         await self._notify()
 
     async def _notify(self) -> None:

@@ -83,13 +83,17 @@ class Ledger:
         self.next = self.base + self.index * self.share
 
     def seated(self, row: LedgerRow, seat: int, width: int) -> None:
-        """A generation's replicas take the same part of every step."""
+        """A generation's replicas take the same part of every step; a lost one's goes to others."""
+        lost = self.past.plans[row.generation].lost
         if len(self.seats) < width and seat == len(self.seats):
-            if row.peer in self.seats:
+            if row.peer in self.seats and not lost:
                 self.wrong(row, f"{row.peer[:CLIP]} has two parts of step {row.step}")
             self.seats.append(row.peer)
         elif seat < len(self.seats) and self.seats[seat] != row.peer:
-            self.wrong(row, f"leased to {row.peer[:CLIP]}, this part is {self.seats[seat][:CLIP]}'s")
+            if self.seats[seat] in lost:
+                self.seats[seat] = row.peer
+            else:
+                self.wrong(row, f"leased to {row.peer[:CLIP]}, this part is {self.seats[seat][:CLIP]}'s")
 
     def whole(self) -> None:
         """A step is leased to all replicas of the first stage at once."""

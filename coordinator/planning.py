@@ -30,6 +30,8 @@ def choose(rules: Rules, state: RunState, now: float) -> Start | Wait:
     A stop between two rounds needs the very peers that saved it; a committed round one holder of every stage. An
     older point is taken only after ``patience_seconds`` without the holders of the newer one.
     """
+    if any(m.away is not None for m in state.members.values()):
+        return Wait("a worker's line broke: it has a moment to dial again")
     free = {p: m for p, m in state.members.items() if not m.leaving}
     wanted = max(len(rules.layers), rules.wait_for if state.generation == 0 else 0)
     if len(free) < wanted:

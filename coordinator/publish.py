@@ -18,6 +18,7 @@ from typing import Any
 
 from ..protocol.config import RunConfig
 from ..protocol.errors import StateError, WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.manifest import Manifest
 from ..protocol.plan import stage_parameters
 
@@ -97,6 +98,12 @@ class Publisher:
             self.drop()
             self._current = (step, generation)
 
+    async def resume(self, step: int, generation: int) -> None:
+        """Goes on where a coordinator that was killed stood: what has arrived is not sent again."""
+        self._current = (step, generation)
+        self._arrived = {i for i in range(len(self.layers)) if (self._work(step) / self.file(i)).exists()}
+        await self._finish(step)
+
     def drop(self) -> None:
         """Gives up what is being collected, and its space."""
         self._current, self._arrived = (-1, -1), set()
@@ -126,6 +133,9 @@ class Publisher:
         self._check(part, stage)
         part.replace(part.with_suffix(""))
         self._arrived.add(stage)
+        await self._finish(step)
+
+    async def _finish(self, step: int) -> None:
         if len(self._arrived) == len(self.layers):
             try:
                 target = await asyncio.to_thread(self._assemble, step)
@@ -167,6 +177,7 @@ class Publisher:
             shutil.copyfile(self.corpus / name, work / name)
         if target.exists():
             shutil.rmtree(target)
+        failpoint("coordinator.publish.rename")
         os.replace(work, target)
         return target
 

@@ -19,7 +19,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..protocol import control_pb2 as pb
+from ..protocol.failpoints import failpoint
 from . import events as ev
+from .losses import Losses, short_of_quorum
 from .planning import Start, Wait, choose, make_plan
 from .state import (
     Command,
@@ -40,7 +42,7 @@ from .state import (
     Unpublished,
     Uploaded,
 )
-from .turn import TRANSFER_LEASES, Turn, released
+from .turn import TRANSFER_LEASES, released
 from .verdict import judge
 
 KEPT_MARKS = 50
@@ -85,7 +87,7 @@ def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
     )
 
 
-class Machine(Turn):
+class Machine(Losses):
     """Decides what follows from the state."""
 
     def advance(self) -> None:
@@ -130,7 +132,7 @@ class Machine(Turn):
         state, plan = self.state, self.state.plan
         assert plan is not None
         for at in sorted(state.rounds_done):
-            if state.rounds_done[at].keys() == plan.peers and not self.close_round(at):
+            if state.rounds_done[at].keys() >= plan.peers and not self.close_round(at):
                 return
         if self.state.phase != "training":
             return
@@ -148,7 +150,7 @@ class Machine(Turn):
                 generation=plan.generation,
                 step=self.state.end,
                 sample=plan.first_sample_of(self.state.end),
-                holders=tuple(tuple(r.peer for r in s.replicas) for s in plan.stages),
+                holders=tuple(tuple(r.peer for r in replicas) for replicas in plan.replicas),
             )
             self.set(stop=mark)
             self.commands.append(Remember(generation=self.state.generation, stop=mark))
@@ -171,7 +173,11 @@ class Machine(Turn):
         assert self.state.plan is not None
         smallest = min(need.memory_gb for need in self.rules.needs)
         return any(
-            p not in self.state.plan.peers and not m.leaving and m.memory_gb >= smallest
+            p not in self.state.plan.peers
+            and not m.leaving
+            and m.away is None
+            and m.memory_gb >= smallest
+            and not (p in self.state.barred and self.now < self.state.barred[p].until)
             for p, m in self.state.members.items()
         )
 
@@ -193,21 +199,23 @@ class Machine(Turn):
         if plan is None or self.state.phase != "training" or self.state.plan is not plan:
             return
         done = min(max(self.state.members[p].step, plan.first_step) for p in plan.peers)
+        self.set(pace=self.state.pace.reached(done, self.now, learn=done > plan.first_step + 1))
         limit = self.rules.steps if self.state.end is None else self.state.end
         leased = {s: t for s, t in self.state.leased_at.items() if s >= done}
         until = max(self.state.until, min(limit, done + self.rules.lease_ahead))
+        if self.is_held():
+            until = self.state.until
         for at in range(self.state.until, until):
             expires = self.now + self.rules.lease_seconds * (1 + at - done)
             leased[at] = expires
-            for replica in plan.stages[0].replicas:
-                mine = [m for m in range(plan.microbatches_per_step) if plan.peer_of(0, m) == replica.peer]
+            for seat in plan.seats:
                 self.commands.append(
                     Lease(
                         generation=plan.generation,
                         step=at,
-                        peer=replica.peer,
-                        first=plan.samples(at, mine[0]).start,
-                        count=len(mine) * plan.microbatch_size,
+                        peer=plan.peer_of(0, seat.start),
+                        first=plan.samples(at, seat.start).start,
+                        count=len(seat) * plan.microbatch_size,
                         expires=expires,
                     )
                 )
@@ -221,12 +229,13 @@ class Machine(Turn):
         """Commits a round that everybody reported, if it counts. False if the generation ended over it."""
         plan, reports = self.state.plan, self.state.rounds_done[at]
         assert plan is not None
+        failpoint("coordinator.round.verdict")
         verdict = judge(plan, self.state.committed, at, reports)
         if verdict.wrong:
             names = tuple(sorted(self.state.members[p].name for p in verdict.wrong))
             self.journal(ev.RoundRefused(step=at, peers=names, why=verdict.why))
-            for stage in plan.stages:
-                peers = {r.peer for r in stage.replicas}
+            for replicas in plan.replicas:
+                peers = {r.peer for r in replicas}
                 # If nobody of a stage is right, there is nobody to take it over from: each checks its own by digest.
                 for peer in verdict.wrong & peers if peers - verdict.wrong else ():
                     self.member(replace(self.state.members[peer], savepoints=frozenset()))
@@ -252,11 +261,12 @@ class Machine(Turn):
             samples=mark.sample - state.committed.sample,
             nbytes=min(sum(r.nbytes for r in reports.values()), 2**63 - 1),
             seconds=max([0.0, *(r.seconds for r in reports.values() if math.isfinite(r.seconds))]),
+            degraded=bool(short_of_quorum(self.rules, state)),
         )
         self.commands.append(command)
-        for i, stage in enumerate(plan.stages):
+        for i, replicas in enumerate(plan.replicas):
             point = mark.savepoint(i, self.rules.layers[i])
-            for replica in stage.replicas:
+            for replica in replicas:
                 if member := self.state.members.get(replica.peer):
                     rounds = {s for s in member.savepoints if s.kind == "round" and s.step < mark.step}
                     newest = sorted(rounds, key=lambda s: (s.step, s.generation))[-KEPT_MARKS:]
@@ -278,6 +288,7 @@ class Machine(Turn):
                 samples=command.samples,
                 nbytes=command.nbytes,
                 seconds=command.seconds,
+                degraded=command.degraded,
             )
         )
         if self.state.rounds % self.rules.publish_rounds == 0 and self.state.publish is None:
@@ -354,7 +365,9 @@ class Machine(Turn):
         for member in list(self.state.members.values()):
             self.member(replace(member, step=mark.step, ready=0))
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
-        self.set(evaluated=min(state.evaluated, mark.step))  # what is trained anew is evaluated anew
+        # What is trained anew is evaluated and charted anew.
+        self.set(evaluated=min(state.evaluated, mark.step), charted=min(state.charted, mark.step))
+        failpoint("coordinator.plan.issued")
         names = tuple(tuple(self.state.members[p].name for p in peers) for peers in start.seats)
         self.journal(ev.PlanIssued(generation=plan.generation, step=mark.step, origin=mark.kind, stages=names))
         self.enter("preparing", "workers take over their stages")

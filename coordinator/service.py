@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import json
 import logging
 import secrets
 import socket
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -31,7 +33,8 @@ from .doors import Doors
 from .events import RunOpened
 from .hub import Hub
 from .publish import Publisher
-from .state import Journal, Mark, Rules, RunState, Uploaded
+from .resume import resumed
+from .state import Journal, Mark, Rules, RunState, Unpublished, Uploaded
 from .store import Store
 
 log = logging.getLogger(__name__)
@@ -66,6 +69,8 @@ def rules_of(config: RunConfig, manifest: Manifest) -> Rules:
         wait_for=config.coordinator.wait_for,
         lease_seconds=config.coordinator.lease_seconds,
         patience_seconds=config.coordinator.patience_seconds,
+        quorum=config.pipeline.quorum,
+        reroutes=not config.activations.reuse,  # a delta is of use to the replica that keeps the value, no other
     )
 
 
@@ -163,7 +168,15 @@ async def _running(
         await server.stop(None)
         store.close()
         raise
-    await hub.read(store.write, [Journal(event=RunOpened(name=config.name, step=state.committed.step))], time.time())
+    opened = RunOpened(
+        name=config.name, step=state.committed.step, generation=state.plan.generation if state.plan else 0
+    )
+    await hub.read(store.write, [Journal(event=opened)], hub.clock())
+    if state.plan and state.publish is not None:
+        try:
+            await publisher.resume(state.publish, state.plan.generation)
+        except StateError as error:
+            hub.put(Unpublished(step=state.publish, why=str(error)))
     await hub.start()
     address = advertised(place.advertise, place.host, port)
     ticket = Ticket(
@@ -214,6 +227,8 @@ def open_run(store: Store, config: RunConfig, manifest: Manifest) -> tuple[str, 
             "the corpus is not the one this run was started with",
             hint="Restore its text, or start a new run with another --data-dir.",
         )
+    if for_workers(store.meta("config")) != for_workers(mine):  # every worker begins anew
+        store.set_meta(crew=None, course=None)
     store.set_meta(config=mine)
     marks = store.marks()
     rounds = store.rows("SELECT COALESCE(MAX(round), 0) FROM ledger")[0][0]  # lost ones, too: no number is used twice
@@ -230,7 +245,12 @@ def open_run(store: Store, config: RunConfig, manifest: Manifest) -> tuple[str, 
         evaluated=evaluated,
         published=int(published[-1].name.removeprefix("step-")) if published else -1,
     )
-    return store.meta("run_id"), store.meta("secret"), state
+    return store.meta("run_id"), store.meta("secret"), resumed(rules_of(config, manifest), state, store)
+
+
+def for_workers(config: dict[str, Any]) -> dict[str, Any]:
+    """What workers do their work by: all but the coordinator's own settings."""
+    return {key: value for key, value in json.loads(json.dumps(config)).items() if key != "coordinator"}
 
 
 async def stop(up: Running, seconds: float = STOP_SECONDS) -> str:

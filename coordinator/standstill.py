@@ -49,10 +49,18 @@ def shifted(state: RunState, seconds: float) -> RunState:
     return replace(
         state,
         since=state.since + seconds,
+        pace=replace(state.pace, since=state.pace.since + seconds),
+        held=None if state.held is None else state.held + seconds,
+        barred={peer: replace(bar, until=bar.until + seconds) for peer, bar in state.barred.items()},
         last_join=state.last_join + seconds,
         leased_at={step: expires + seconds for step, expires in state.leased_at.items()},
         members={
-            peer: replace(member, joined=member.joined + seconds, last_seen=member.last_seen + seconds)
+            peer: replace(
+                member,
+                joined=member.joined + seconds,
+                last_seen=member.last_seen + seconds,
+                away=None if member.away is None else member.away + seconds,
+            )
             for peer, member in state.members.items()
         },
     )

@@ -11,6 +11,7 @@ from ..protocol.config import EvalConfig, Sync
 from ..protocol.plan import Plan, Replica, SavePoint
 from .assignment import StageNeed
 from .events import Event
+from .pace import Pace
 
 Phase = Literal["waiting", "preparing", "training", "finishing", "finished", "stopped"]
 
@@ -34,12 +35,15 @@ class Rules:
     patience_seconds: float
     settle_seconds: float = 1.0  # after the last join, before a plan is made for it
     lease_ahead: int = 2  # steps granted beyond the slowest peer
-    silence_seconds: float = 20.0  # without a word, before a peer counts as lost
+    quorum: int = 1  # replicas of a stage, below which a round is held, then degraded
+    reroutes: bool = True  # a generation goes on without a replica whose stage has another one
+    silence_seconds: float = 15.0  # without a word, before a peer counts as lost
+    away_seconds: float = 3.0  # that a peer has to dial again when its line broke
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A peer with an open control stream."""
+    """A peer with an open control stream, or one that broke just now."""
 
     peer: str
     name: str
@@ -52,9 +56,11 @@ class Member:
     joined: float = 0.0
     last_seen: float = 0.0
     leaving: bool = False
+    away: float | None = None  # its line broke: until when it is waited for
     ready: int = 0  # generation it is ready for
     step: int = 0  # steps done in the current generation
     state: str = "waiting"
+    idle: bool = False  # it waits for somebody, as of its last heartbeat
 
     @property
     def replica(self) -> Replica:
@@ -89,6 +95,14 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bar:
+    """No generation is ended for this peer's sake before ``until``; each time it takes longer."""
+
+    until: float
+    times: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunState:
     """Everything the coordinator decides from. Replaced, never changed."""
 
@@ -109,7 +123,12 @@ class RunState:
     publish: int | None = None
     published: int = -1
     evaluated: int = -1
+    charted: int = 0  # steps whose loss is on the curve
     last_join: float = 0.0
+    pace: Pace = field(default_factory=Pace)
+    held: float | None = None  # since when a stage has too few replicas
+    degraded: bool = False  # nobody came, and the run goes on all the same
+    barred: Mapping[str, Bar] = field(default_factory=dict)  # who was given up though it lives
     leased_at: Mapping[int, float] = field(default_factory=dict)  # step -> when its leases expire
     losses: Mapping[int, Mapping[str, pb.StepDone]] = field(default_factory=dict)
     rounds_done: Mapping[int, Mapping[str, pb.RoundDone]] = field(default_factory=dict)
@@ -187,6 +206,15 @@ class Lease:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Relet:
+    """What ``peer`` had leased and is not committed goes to those who serve it now, by each lease's seat."""
+
+    generation: int
+    peer: str
+    holders: Mapping[int, str]  # first sample of a lease to its new holder
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReturnLeases:
     """All samples leased but not committed go back to the pool."""
 
@@ -203,6 +231,7 @@ class Commit:
     samples: int
     nbytes: int
     seconds: float
+    degraded: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +247,13 @@ class Remember:
 
     generation: int
     stop: Mark | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What the next start needs to go on with the generation: JSON values by name (see :mod:`.resume`)."""
+
+    values: Mapping[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,4 +277,4 @@ class Dismiss:
     hint: str
 
 
-Command = Journal | Lease | ReturnLeases | Commit | Uncommit | Remember | Point | Dismiss
+Command = Journal | Lease | Relet | ReturnLeases | Commit | Uncommit | Remember | Keep | Point | Dismiss

@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 
 from ..protocol.errors import StateError
-from .state import Command, Commit, Journal, Lease, Mark, Point, Remember, ReturnLeases, Uncommit
+from ..protocol.failpoints import failpoint
+from .state import Command, Commit, Journal, Keep, Lease, Mark, Point, Relet, Remember, ReturnLeases, Uncommit
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -31,7 +32,7 @@ CREATE INDEX IF NOT EXISTS ledger_by_state ON ledger (state, step);
 CREATE TABLE IF NOT EXISTS rounds (
     step INTEGER PRIMARY KEY, round INTEGER NOT NULL, generation INTEGER NOT NULL, sample INTEGER NOT NULL,
     digests TEXT NOT NULL, replicas INTEGER NOT NULL, samples INTEGER NOT NULL, nbytes INTEGER NOT NULL,
-    seconds REAL NOT NULL, committed REAL NOT NULL);
+    seconds REAL NOT NULL, committed REAL NOT NULL, degraded INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL,
     text TEXT NOT NULL);
@@ -109,11 +110,16 @@ class Store:
                     (now, event.kind, data, event.text),
                 )
             case Lease():
-                values = (command.generation, command.step, command.peer, command.first, command.count)
+                lease = (command.generation, command.step, command.peer, command.first, command.count)
                 run(
                     "INSERT INTO ledger (generation, step, peer, first, count, state, expires, changed)"
                     " VALUES (?,?,?,?,?,'leased',?,?)",
-                    (*values, command.expires, now),
+                    (*lease, command.expires, now),
+                )
+            case Relet(generation=generation, peer=peer, holders=holders):
+                self._db.executemany(
+                    "UPDATE ledger SET peer=?, changed=? WHERE state='leased' AND generation=? AND peer=? AND first=?",
+                    [(holder, now, generation, peer, first) for first, holder in holders.items()],
                 )
             case ReturnLeases(reason=reason):
                 run(
@@ -127,10 +133,10 @@ class Store:
                 )
                 digests = json.dumps([d.hex() for d in mark.digests])
                 run(
-                    "INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?)",
+                    "INSERT OR REPLACE INTO rounds VALUES (?,?,?,?,?,?,?,?,?,?,?)",
                     (
                         *(mark.step, command.round, mark.generation, mark.sample, digests),
-                        *(command.replicas, command.samples, command.nbytes, command.seconds, now),
+                        *(command.replicas, command.samples, command.nbytes, command.seconds, now, command.degraded),
                     ),
                 )
             case Uncommit(step=step):
@@ -143,6 +149,9 @@ class Store:
             case Remember(generation=generation, stop=stop):
                 self._set("generation", generation)
                 self._set("stop", None if stop is None else mark_to_json(stop))
+            case Keep(values=values):
+                for key, value in values.items():
+                    self._set(key, value)
             case Point():
                 run(
                     "INSERT INTO points (step, samples, time, train, heldout) VALUES (?,?,?,?,?)",
@@ -162,7 +171,9 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._still_there()
+            failpoint("coordinator.store.commit")
             self._commit()
+            failpoint("coordinator.store.committed")
         except BaseException as error:
             with contextlib.suppress(sqlite3.Error):
                 self._undo()

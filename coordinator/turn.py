@@ -27,10 +27,25 @@ class Turn(ABC):
     def abort(self, why: str) -> None:
         """Ends the generation at once."""
 
+    @abstractmethod
+    def go_on_without(self, member: Member) -> bool:
+        """The others of its stage take over what it serves; False if they cannot."""
+
+    @abstractmethod
+    def parted(self, member: Member, other: str, what: str) -> None:
+        """Two peers do not reach each other."""
+
+    @abstractmethod
+    def look_for_hangs(self) -> None:
+        """When no step is done for longer than it ever takes, who is to blame is given up."""
+
     # What comes in.
 
     def joined(self, member: Member) -> None:
         present = self.state.members.get(member.peer)
+        if present and present.away is not None and present.session != member.session:
+            self.lost(present)  # one key, one process: the old one is no more
+            present = None
         if present and present.session != member.session:
             self.dismiss(
                 member,
@@ -52,7 +67,7 @@ class Turn(ABC):
             self.dismiss(member, self.state.phase, f"the run is {self.state.phase}", "There is nothing to do here.")
             return
         if present:  # its line broke and it dialled again: it is where it was
-            known = replace(present, addresses=member.addresses, savepoints=member.savepoints)
+            known = replace(present, addresses=member.addresses, savepoints=member.savepoints, away=None)
             self.member(replace(known, last_seen=self.now))
             return
         self.journal(ev.PeerJoined(peer=member.peer, name=member.name, device=member.device))
@@ -63,14 +78,24 @@ class Turn(ABC):
         member = self.state.members.get(peer)
         if member is None or (session and session != member.session):
             return
-        graceful = released(self.state, peer)
-        self.journal(ev.PeerGone(peer=peer, name=member.name, graceful=graceful))
-        self.set(members={p: m for p, m in self.state.members.items() if p != peer})
-        plan = self.state.plan
-        if graceful or plan is None or self.state.phase in ("finished", "stopped", "waiting"):
-            return
-        donors = {d.peer for s in plan.stages for d in s.donors}
-        if peer in plan.peers or (self.state.phase == "preparing" and peer in donors):
+        if not needed(self.state, peer):
+            self.lost(member)
+        elif member.away is None:
+            self.member(replace(member, away=self.now + self.rules.away_seconds))
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Who has not dialled again in time is lost."""
+        for member in list(self.state.members.values()):
+            if member.away is not None and member.away <= self.now:
+                self.lost(member)
+
+    def lost(self, member: Member) -> None:
+        """A peer is no more."""
+        wanted = needed(self.state, member.peer)
+        self.journal(ev.PeerGone(peer=member.peer, name=member.name, graceful=released(self.state, member.peer)))
+        self.set(members={p: m for p, m in self.state.members.items() if p != member.peer})
+        if wanted and not self.go_on_without(member):
             self.abort(f"{member.name} is gone")
 
     def said(self, peer: str, report: pb.Up) -> None:
@@ -80,7 +105,9 @@ class Turn(ABC):
         self.member(replace(member, last_seen=self.now))
         body = report.WhichOneof("body")
         if body == "heartbeat":
-            self.member(replace(self.state.members[peer], state=report.heartbeat.state[:STATE_LENGTH] or "training"))
+            beat = report.heartbeat
+            word = beat.state[:STATE_LENGTH] or "training"
+            self.member(replace(self.state.members[peer], state=word, idle=beat.idle))
         elif body == "leaving":
             if not member.leaving:
                 self.journal(ev.PeerLeaving(peer=peer, name=member.name))
@@ -108,25 +135,27 @@ class Turn(ABC):
                 self.member(replace(member, savepoints=member.savepoints | {point}))
 
     def step_done(self, member: Member, message: pb.StepDone) -> None:
-        if message.step != member.step or message.step >= self.state.until:
+        if not member.step <= message.step < self.state.until:  # after a restart it may be ahead of what is known
             return
         self.member(replace(member, step=message.step + 1))
         plan = self.state.plan
         assert plan is not None
-        last = {r.peer for r in plan.stages[-1].replicas}
-        if member.peer in last:
+        last = {r.peer for r in plan.replicas[-1]}
+        if member.peer in last and message.step >= self.state.charted:
             losses = {**self.state.losses.get(message.step, {}), member.peer: message}
             kept = {**self.state.losses, message.step: losses}
-            if losses.keys() == last:
+            if losses.keys() >= last:
                 targets = sum(m.targets for m in losses.values())
                 loss = sum(m.loss_sum for m in losses.values()) / max(1, targets)
                 samples = plan.first_sample_of(message.step + 1)
                 self.commands.append(Point(step=message.step + 1, tokens_samples=samples, train=loss))
-                del kept[message.step]
-            self.set(losses=kept)
+                self.set(charted=message.step + 1)
+            self.set(losses={s: said for s, said in kept.items() if s >= self.state.charted})
 
     def round_done(self, member: Member, message: pb.RoundDone) -> None:
-        if not self.state.committed.step < message.step <= self.state.until:
+        plan = self.state.plan
+        assert plan is not None
+        if not self.state.committed.step < message.step <= self.state.until or message.attempt != plan.attempt:
             return
         done = {**self.state.rounds_done.get(message.step, {}), member.peer: message}
         self.set(rounds_done={**self.state.rounds_done, message.step: done})
@@ -134,12 +163,12 @@ class Turn(ABC):
     def eval_done(self, member: Member, message: pb.EvalDone) -> None:
         plan = self.state.plan
         assert plan is not None
-        last = {r.peer for r in plan.stages[-1].replicas}
+        last = {r.peer for r in plan.replicas[-1]}
         if member.peer not in last or not self.state.evaluated < message.step <= self.state.until:
             return
         done = {**self.state.evals.get(message.step, {}), member.peer: message}
         self.set(evals={**self.state.evals, message.step: done})
-        if done.keys() == last:
+        if done.keys() >= last:
             loss = sum(m.loss_sum for m in done.values()) / max(1, sum(m.targets for m in done.values()))
             samples = plan.first_sample_of(message.step)
             self.commands.append(Point(step=message.step, tokens_samples=samples, heldout=loss))
@@ -162,7 +191,10 @@ class Turn(ABC):
             origin = (plan.origin_generation, plan.first_step)
             kept = frozenset(s for s in holder.savepoints if (s.generation, s.step) != origin)
             self.member(replace(holder, savepoints=kept))
-        self.abort(f"{member.name}: {what}")
+        if self.state.phase == "training" and plan and message.peer and message.peer != member.peer:
+            self.parted(member, message.peer, what)
+        else:
+            self.abort(f"{member.name}: {what}")
 
     def uploaded(self, at: int, path: str) -> None:
         self.journal(ev.Published(step=at, path=path))
@@ -183,22 +215,21 @@ class Turn(ABC):
         self.set(stop_asked=True)
 
     def tick(self) -> None:
+        self.give_up()
         for member in list(self.state.members.values()):
-            if self.now - member.last_seen > self.rules.silence_seconds:
+            if member.away is None and self.now - member.last_seen > self.rules.silence_seconds:
                 self.dismiss(
                     member,
                     "silent",
                     "no word for too long",
                     "Check the line; the worker dials again by itself.",
                 )
-                self.gone(member.peer, member.session)
+                self.lost(member)
         slow = self.state.phase in ("preparing", "finishing")
         if slow and self.now - self.state.since > TRANSFER_LEASES * self.rules.lease_seconds:
             self.abort(f"{self.state.phase} took too long")
         if self.state.phase == "training":
-            late = [s for s, expires in self.state.leased_at.items() if expires < self.now]
-            if late:
-                self.abort(f"the lease of step {min(late)} expired")
+            self.look_for_hangs()
 
     # Small change.
 
@@ -218,11 +249,15 @@ class Turn(ABC):
         self.state = replace(self.state, **changes)  # type: ignore[arg-type]
 
 
+def needed(state: RunState, peer: str) -> bool:
+    """Whether the generation cannot go on without a peer."""
+    plan = state.plan
+    if plan is None or state.phase in ("waiting", "finished", "stopped"):
+        return False
+    donors = {d.peer for s in plan.stages for d in s.donors} if state.phase == "preparing" else set()
+    return peer in plan.peers or peer in donors
+
+
 def released(state: RunState, peer: str) -> bool:
     """Whether nothing more is wanted from a peer."""
-    member, plan = state.members[peer], state.plan
-    seated = plan is not None and peer in plan.peers
-    donor = (
-        plan is not None and state.phase == "preparing" and any(peer == d.peer for s in plan.stages for d in s.donors)
-    )
-    return state.phase in ("finished", "stopped") or (member.leaving and not seated and not donor)
+    return state.phase in ("finished", "stopped") or (state.members[peer].leaving and not needed(state, peer))

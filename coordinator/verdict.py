@@ -28,8 +28,8 @@ def judge(plan: Plan, committed: Mark, at: int, reports: Mapping[str, pb.RoundDo
     sample = plan.first_sample_of(at)
     since = sample - committed.sample
     wrong, why, digests = set[str](), "", []
-    for i, stage in enumerate(plan.stages):
-        said = {r.peer: reports[r.peer] for r in stage.replicas}
+    for i, replicas in enumerate(plan.replicas):
+        said = {r.peer: reports[r.peer] for r in replicas}
         known = committed.digests[i] if committed.digests else None
         if odd := {p for p, r in said.items() if known and r.base_digest != known}:
             wrong, why = wrong | odd, "a replica came with other reference weights"
@@ -39,7 +39,7 @@ def judge(plan: Plan, committed: Mark, at: int, reports: Mapping[str, pb.RoundDo
             wrong, why = wrong | odd, "the digests differ"
         elif sum(r.samples for r in said.values()) != since:
             wrong, why = wrong | set(said), f"stage {i} counts other samples than were leased"
-        digests.append(bytes(reports[stage.replicas[0].peer].digest))
+        digests.append(bytes(reports[replicas[0].peer].digest))
     mark = Mark(kind="round", generation=plan.generation, step=at, sample=sample, digests=tuple(digests))
     return Verdict(mark=mark, wrong=frozenset(wrong), why=why)
 

@@ -118,8 +118,8 @@ def check_rounds(snapshot: Snapshot, past: History, stages: int, report: Report)
         plan = past.plans.get(row.generation)
         if plan is None:
             wrong(f"no plan of generation {row.generation} was issued")
-        elif sum(plan.stages) != row.replicas:
-            wrong(f"{row.replicas} replicas took part, generation {row.generation} has {sum(plan.stages)}")
+        elif past.replicas.get(row.round, row.replicas) != row.replicas:
+            wrong(f"{row.replicas} replicas took part, there were {past.replicas[row.round]}")
         if not well_formed(row.digests, stages):
             wrong(f"its digests are not one of every stage ({stages})")
         windows[row.round] = Window(first=step, last=row.step, epoch=plan.epoch if plan else -1, samples=row.samples)

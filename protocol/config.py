@@ -65,6 +65,9 @@ class PipelineConfig(Section, frozen=True, kw_only=True):
     recompute: bool = True
     # Forwards a stage may run ahead beyond what 1F1B needs, so that a hop's latency hides behind compute.
     run_ahead: Annotated[int, Meta(ge=0, le=64)] = 1
+    # Replicas of a stage below which nothing new is trained until somebody joins, for coordinator.patience_seconds;
+    # then the run goes on, and its rounds are marked as degraded.
+    quorum: Annotated[int, Meta(ge=1, le=256)] = 1
 
 
 class ActivationConfig(Section, frozen=True, kw_only=True):

@@ -148,8 +148,16 @@ class Stage(_message.Message):
     digest: bytes
     def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., donors: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
+class Lost(_message.Message):
+    __slots__ = ("peer", "since")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    since: int
+    def __init__(self, peer: _Optional[str] = ..., since: _Optional[int] = ...) -> None: ...
+
 class Plan(_message.Message):
-    __slots__ = ("generation", "first_step", "first_sample", "origin", "origin_generation", "stages", "microbatches", "microbatch_size")
+    __slots__ = ("generation", "first_step", "first_sample", "origin", "origin_generation", "stages", "microbatches", "microbatch_size", "lost", "void")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
     FIRST_SAMPLE_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +166,8 @@ class Plan(_message.Message):
     STAGES_FIELD_NUMBER: _ClassVar[int]
     MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     MICROBATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    VOID_FIELD_NUMBER: _ClassVar[int]
     generation: int
     first_step: int
     first_sample: int
@@ -166,7 +176,9 @@ class Plan(_message.Message):
     stages: _containers.RepeatedCompositeFieldContainer[Stage]
     microbatches: int
     microbatch_size: int
-    def __init__(self, generation: _Optional[int] = ..., first_step: _Optional[int] = ..., first_sample: _Optional[int] = ..., origin: _Optional[str] = ..., origin_generation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., microbatches: _Optional[int] = ..., microbatch_size: _Optional[int] = ...) -> None: ...
+    lost: _containers.RepeatedCompositeFieldContainer[Lost]
+    void: int
+    def __init__(self, generation: _Optional[int] = ..., first_step: _Optional[int] = ..., first_sample: _Optional[int] = ..., origin: _Optional[str] = ..., origin_generation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., microbatches: _Optional[int] = ..., microbatch_size: _Optional[int] = ..., lost: _Optional[_Iterable[_Union[Lost, _Mapping]]] = ..., void: _Optional[int] = ...) -> None: ...
 
 class View(_message.Message):
     __slots__ = ("phase", "note", "plan", "until", "end", "closing", "committed", "publish", "publishing", "released")
@@ -219,7 +231,7 @@ class StepDone(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., samples: _Optional[int] = ..., loss_sum: _Optional[float] = ..., targets: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
 
 class RoundDone(_message.Message):
-    __slots__ = ("generation", "step", "samples", "digest", "base_digest", "nbytes", "seconds")
+    __slots__ = ("generation", "step", "samples", "digest", "base_digest", "nbytes", "seconds", "attempt")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +239,7 @@ class RoundDone(_message.Message):
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     generation: int
     step: int
     samples: int
@@ -234,7 +247,8 @@ class RoundDone(_message.Message):
     base_digest: bytes
     nbytes: int
     seconds: float
-    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., samples: _Optional[int] = ..., digest: _Optional[bytes] = ..., base_digest: _Optional[bytes] = ..., nbytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    attempt: int
+    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., samples: _Optional[int] = ..., digest: _Optional[bytes] = ..., base_digest: _Optional[bytes] = ..., nbytes: _Optional[int] = ..., seconds: _Optional[float] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class EvalDone(_message.Message):
     __slots__ = ("generation", "step", "loss_sum", "targets")
@@ -285,12 +299,14 @@ class Traffic(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., direction: _Optional[str] = ..., purpose: _Optional[str] = ..., nbytes: _Optional[int] = ..., dense_nbytes: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("traffic", "state")
+    __slots__ = ("traffic", "state", "idle")
     TRAFFIC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    IDLE_FIELD_NUMBER: _ClassVar[int]
     traffic: _containers.RepeatedCompositeFieldContainer[Traffic]
     state: str
-    def __init__(self, traffic: _Optional[_Iterable[_Union[Traffic, _Mapping]]] = ..., state: _Optional[str] = ...) -> None: ...
+    idle: bool
+    def __init__(self, traffic: _Optional[_Iterable[_Union[Traffic, _Mapping]]] = ..., state: _Optional[str] = ..., idle: _Optional[bool] = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("token", "name", "offset")

@@ -7,7 +7,8 @@ generation are refused. Inside one, routes and sample indices depend on the plan
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -72,8 +73,21 @@ class StagePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lost:
+    """A replica that a generation goes on without; ``since``: steps done in the last round committed before."""
+
+    peer: str
+    since: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One generation's division of work. ``microbatches`` is per first-stage replica and step."""
+    """One generation's division of work. ``microbatches`` is per first-stage replica and step.
+
+    When a replica is lost while others of its stage live, the generation goes on: ``lost`` grows, what the lost one
+    served moves to the others, and rounds up to ``void`` steps are left out (their samples go into the next). A
+    *replica* is counted among the living ones of its stage.
+    """
 
     generation: int
     first_step: int
@@ -83,11 +97,24 @@ class Plan:
     stages: tuple[StagePlan, ...]
     microbatches: int
     microbatch_size: int
+    lost: tuple[Lost, ...] = ()
+    void: int = 0
+
+    @property
+    def attempt(self) -> int:
+        """How often the generation had to go on without somebody: rounds of another attempt do not count."""
+        return len(self.lost)
+
+    @cached_property
+    def replicas(self) -> tuple[tuple[Replica, ...], ...]:
+        """Of each stage, those that live."""
+        gone = {lost.peer for lost in self.lost}
+        return tuple(tuple(r for r in stage.replicas if r.peer not in gone) for stage in self.stages)
 
     @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
-        """Peer id to (stage, replica index)."""
-        return {r.peer: (s, i) for s, stage in enumerate(self.stages) for i, r in enumerate(stage.replicas)}
+        """Peer id to (stage, replica index), of those that live."""
+        return {r.peer: (s, i) for s, replicas in enumerate(self.replicas) for i, r in enumerate(replicas)}
 
     @cached_property
     def peers(self) -> frozenset[str]:
@@ -101,16 +128,51 @@ class Plan:
     def samples_per_step(self) -> int:
         return self.microbatches_per_step * self.microbatch_size
 
+    @cached_property
+    def _servers(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """Of each stage and microbatch, who serves it, and from which step on.
+
+        Neighbours stay on one chain. What a lost replica served goes, microbatch by microbatch, to whoever of the
+        stage has the fewest; what others serve stays with them.
+        """
+        count, out = self.microbatches_per_step, []
+        for stage in self.stages:
+            names = [r.peer for r in stage.replicas]
+            server = [(names[m * len(names) // count], self.first_step) for m in range(count)]
+            for lost in self.lost:
+                if lost.peer in names:
+                    names.remove(lost.peer)
+                    for m in range(count):
+                        if server[m][0] == lost.peer:
+                            load = Counter(peer for peer, _ in server)
+                            server[m] = min(names, key=lambda peer: (load[peer], names.index(peer))), lost.since
+            out.append(tuple(server))
+        return tuple(out)
+
+    @property
+    def seats(self) -> list[range]:
+        """The microbatches of each lease of a step: what a first-stage replica served at the generation's beginning."""
+        return [range(i * self.microbatches, (i + 1) * self.microbatches) for i in range(len(self.stages[0].replicas))]
+
     def replica_of(self, stage: int, microbatch: int) -> int:
-        """Index of the replica of ``stage`` that serves ``microbatch``: neighbours stay on one chain."""
-        return microbatch * len(self.stages[stage].replicas) // self.microbatches_per_step
+        """Index of the replica of ``stage`` that serves ``microbatch``."""
+        return self.places[self.peer_of(stage, microbatch)][1]
 
     def peer_of(self, stage: int, microbatch: int) -> str:
-        return self.stages[stage].replicas[self.replica_of(stage, microbatch)].peer
+        return self._servers[stage][microbatch][0]
+
+    def since(self, stage: int, microbatch: int) -> int:
+        """The first step that the replica of ``stage`` serving ``microbatch`` has to answer for."""
+        return self._servers[stage][microbatch][1]
 
     def served(self, stage: int, replica: int) -> list[int]:
         """The microbatches of every step that this replica computes, in order."""
-        return [m for m in range(self.microbatches_per_step) if self.replica_of(stage, m) == replica]
+        peer = self.replicas[stage][replica].peer
+        return [m for m, (server, _) in enumerate(self._servers[stage]) if server == peer]
+
+    def without(self, peer: str, since: int, void: int) -> Plan:
+        """The same generation, going on without ``peer``."""
+        return replace(self, lost=(*self.lost, Lost(peer=peer, since=since)), void=void)
 
     def samples(self, step: int, microbatch: int) -> range:
         """Global sample indices of a microbatch; every index below a step's end is used exactly once."""
@@ -133,6 +195,8 @@ class Plan:
             origin_generation=self.origin_generation,
             microbatches=self.microbatches,
             microbatch_size=self.microbatch_size,
+            lost=[pb.Lost(peer=x.peer, since=x.since) for x in self.lost],
+            void=self.void,
             stages=[
                 pb.Stage(
                     first_layer=s.first_layer,
@@ -158,7 +222,7 @@ class Plan:
         def replicas(items: object) -> tuple[Replica, ...]:
             return tuple(Replica(peer=r.peer, addresses=tuple(r.addresses)) for r in items)  # type: ignore[attr-defined]
 
-        return cls(
+        plan = cls(
             generation=message.generation,
             first_step=message.first_step,
             first_sample=message.first_sample,
@@ -166,6 +230,8 @@ class Plan:
             origin_generation=message.origin_generation,
             microbatches=message.microbatches,
             microbatch_size=message.microbatch_size,
+            lost=tuple(Lost(peer=x.peer, since=x.since) for x in message.lost),
+            void=message.void,
             stages=tuple(
                 StagePlan(
                     first_layer=s.first_layer,
@@ -177,6 +243,9 @@ class Plan:
                 for s in message.stages
             ),
         )
+        if not all(plan.replicas):
+            raise WireError("a plan that has lost every replica of a stage")
+        return plan
 
 
 def split_layers(layers: int, stages: int, *, d_model: int, vocab_size: int) -> list[tuple[int, int]]:

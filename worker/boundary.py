@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +76,11 @@ class Seat:
 
     @property
     def peer(self) -> str:
-        return self.plan.stages[self.stage].replicas[self.replica].peer
+        return self.plan.replicas[self.stage][self.replica].peer
+
+    def rerouted(self, plan: Plan) -> Seat:
+        """The same seat in a plan that has lost somebody else."""
+        return replace(self, plan=plan, replica=plan.places[self.peer][1])
 
 
 class Route(NamedTuple):

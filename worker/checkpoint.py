@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..protocol.errors import StateError, WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.plan import SavePoint
 from .stage import Owned, State, digest
 
@@ -98,7 +99,9 @@ class SavePoints:
             with temporary.open("wb") as file:
                 file.write(to_bytes(state))
                 file.flush()
+                failpoint("worker.savepoint.write")
                 os.fsync(file.fileno())
+            failpoint("worker.savepoint.rename")
             temporary.replace(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)

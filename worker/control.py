@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import random
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import grpc
 from .. import __version__
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import RefusedError, StateError, UnreachableError, WireError
+from ..protocol.failpoints import failpoint, failpoint_async
 from ..protocol.frames import Purpose
 from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
 from ..protocol.identity import Identity
@@ -28,13 +28,17 @@ from ..protocol.ticket import Ticket
 from ..protocol.tls import dial_pinned
 from .offer import Offer
 from .plan import View
+from .reports import Reports
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 2.0
 PIECE_NBYTES = 256 * 1024
 COORDINATOR = "coordinator"
-BACKOFF_SECONDS = (0.5, 15.0)
+FIRST_SECONDS, SOON_SECONDS, MOST_SECONDS = 0.5, 3.0, 10.0  # between two dials: the first, of a minute, of many
+MINUTE_SECONDS = 60.0
 CLOSE_SECONDS = 2.0
+FETCH_TRIES = 60  # at a file of the run, before the worker gives up
+FETCH_PAUSE_SECONDS = 1.0
 STREAM_ERRORS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)  # what grpc raises when a call is over
 
 
@@ -56,6 +60,12 @@ def view_from(message: pb.View) -> View:
 def reason(error: BaseException) -> str:
     """Why a call broke, in a word."""
     return error.code().name.lower() if isinstance(error, grpc.RpcError) else type(error).__name__
+
+
+def pause_seconds(tries: int, broken_seconds: float) -> float:
+    """How long to wait at most before dialling again, after ``tries`` in vain and so much time without a line."""
+    most = SOON_SECONDS if broken_seconds < MINUTE_SECONDS else MOST_SECONDS
+    return min(most, FIRST_SECONDS * 2.0 ** min(tries, 10))
 
 
 def essence(welcome: pb.Welcome) -> dict[str, Any]:
@@ -80,12 +90,13 @@ class Control:
         self.welcome: asyncio.Future[pb.Welcome] = asyncio.get_running_loop().create_future()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.state = "loading"
+        self.idle: Callable[[], bool] = lambda: True  # whether the computing thread waits for somebody
         self._loop = asyncio.get_running_loop()
         self._session = os.urandom(16)
-        self._seq = 0
-        self._unacked: deque[pb.Up] = deque()
+        self._reports = Reports()
         self._unsent, self._acked = asyncio.Event(), asyncio.Event()
         self._closing = self._leaving = False
+        self._welcomed = 0.0  # when the stream in use, or the last one, began
         self._sent = 0  # seq of the newest report written to the stream in use
         self._token = b""
         self._channel: grpc.aio.Channel | None = None
@@ -100,7 +111,7 @@ class Control:
         """Ends the stream in order: first the reports that are not acknowledged yet, then the meter's last totals."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
-                while self._unacked and not self.ended.done():
+                while self._reports and not self.ended.done():
                     self._acked.clear()
                     await self._acked.wait()
         self._closing = True
@@ -116,8 +127,7 @@ class Control:
         """Queues a report, from any thread; it is repeated until the coordinator has it on disk."""
 
         def queue() -> None:
-            self._seq += 1
-            self._unacked.append(pb.Up(seq=self._seq, **body))  # type: ignore[arg-type]
+            self._reports.add(**body)
             self._unsent.set()
 
         with contextlib.suppress(RuntimeError):
@@ -129,11 +139,11 @@ class Control:
         self.report(leaving=pb.Leaving())
 
     async def _run(self) -> None:
-        tries = 0
+        tries, broken = 0, self._loop.time()
         while True:
+            began = self._loop.time()
             try:
                 await self._connect()
-                tries = 0
             except (RefusedError, WireError) as error:
                 if error.code != "silent":
                     self._end(error)
@@ -145,9 +155,12 @@ class Control:
                 log.warning("the coordinator does not answer; dialling again: %s", error)
             if self._closing:
                 return
+            now = self._loop.time()
+            if self._welcomed >= began:
+                broken = now
+                tries = 0 if now - self._welcomed > HEARTBEAT_SECONDS else tries
+            await asyncio.sleep(random.uniform(0.5, 1.0) * pause_seconds(tries, now - broken))
             tries += 1
-            low, high = BACKOFF_SECONDS
-            await asyncio.sleep(random.uniform(0.5, 1.0) * min(high, low * 2 ** min(tries, 10)))
 
     def _ended_badly(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
@@ -165,6 +178,7 @@ class Control:
 
     async def _connect(self) -> None:
         """One connection, until it breaks."""
+        await failpoint_async("worker.control.dial", UnreachableError)
         channel = await dial_pinned(self.ticket.url, self.ticket.fingerprint)
         self.meter.record_connection(COORDINATOR, dialled=True)
         old, self._channel = self._channel, channel
@@ -183,8 +197,9 @@ class Control:
                     await self._write(stream, pb.Up(hello=self._hello(message.challenge.nonce)))
                 elif body == "welcome":
                     self._token = message.welcome.token
-                    self._acknowledged(message.welcome.acked)
-                    self._sent = 0
+                    self._reports.welcomed(message.welcome.acked)
+                    self._acked.set()
+                    self._welcomed, self._sent = self._loop.time(), 0
                     if sender is None:
                         sender = asyncio.create_task(self._send(stream))
                     if not self.welcome.done():
@@ -201,8 +216,10 @@ class Control:
                     refuse = message.refuse
                     raise RefusedError(refuse.text, hint=refuse.hint, code=refuse.code)
                 elif body == "ack":
-                    self._acknowledged(message.ack.seq)
+                    self._reports.acknowledged(message.ack.seq)
+                    self._acked.set()
                 elif body == "view":
+                    await failpoint_async("worker.control.view", UnreachableError)
                     self.on_view(view_from(message.view))
             if not self.welcome.done():
                 raise UnreachableError(
@@ -222,7 +239,7 @@ class Control:
         with contextlib.suppress(*STREAM_ERRORS):
             while True:
                 self._unsent.clear()
-                for up in [u for u in self._unacked if u.seq > self._sent]:
+                for up in self._reports.after(self._sent):
                     await self._write(stream, up)
                     self._sent = up.seq
                 now = self._loop.time()
@@ -245,11 +262,6 @@ class Control:
     def _count(self, direction: str, nbytes: int) -> None:
         self.meter.record(COORDINATOR, "in" if direction == "in" else "out", Purpose.CONTROL, nbytes)
 
-    def _acknowledged(self, seq: int) -> None:
-        while self._unacked and self._unacked[0].seq <= seq:
-            self._unacked.popleft()
-        self._acked.set()
-
     def _hello(self, nonce: bytes) -> pb.Hello:
         ticket, identity, offer = self.ticket, self.identity, self._offer
         return pb.Hello(
@@ -271,6 +283,7 @@ class Control:
     def _heartbeat(self) -> pb.Heartbeat:
         return pb.Heartbeat(
             state=self.state,
+            idle=self.idle(),
             traffic=[
                 pb.Traffic(
                     peer=t.peer,
@@ -286,7 +299,18 @@ class Control:
     # Files.
 
     async def fetch(self, name: str, target: Path) -> None:
-        """A file of the run by its SHA-256, into ``target``; goes on where an earlier try stopped."""
+        """A file of the run by its SHA-256, into ``target``; goes on where it stopped, on the next connection too."""
+        for left in reversed(range(FETCH_TRIES)):
+            try:
+                await self._fetch(name, target)
+                return
+            except UnreachableError as error:
+                if not left or self.ended.done():
+                    raise
+                log.warning("%s; trying again", error)
+            await asyncio.sleep(FETCH_PAUSE_SECONDS)
+
+    async def _fetch(self, name: str, target: Path) -> None:
         assert self._channel is not None
         part = target.with_suffix(".part")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -304,6 +328,7 @@ class Control:
             with part.open("ab") as file:
                 async for piece in method(pb.BlobRequest(token=self._token, name=name, offset=size)):
                     self.meter.record(COORDINATOR, "in", Purpose.DATA, len(piece.data))
+                    failpoint("worker.corpus.piece")
                     file.write(piece.data)
                     digest.update(piece.data)
         except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
@@ -340,6 +365,7 @@ class Control:
             response_deserializer=pb.UploadResult.FromString,
         )
         try:
+            await failpoint_async("worker.upload", UnreachableError)
             result = await method(pieces())
         except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
             raise UnreachableError(f"the upload broke ({reason(error)})") from None

@@ -14,6 +14,7 @@ import safetensors.torch
 
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import DivergedError, PotluckError, StateError, WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.plan import Plan, SavePoint
 from ..protocol.schedule import fragments, is_applied, is_round
 from . import plan as rules
@@ -21,7 +22,7 @@ from .boundary import Boundary, Memory, Seat
 from .checkpoint import SavePoints, from_bytes
 from .data import Dataset
 from .links import Links, fetch_state
-from .mailbox import Fenced, Mailbox
+from .mailbox import Fenced, Mailbox, Rerouted
 from .outside import EngineConfig, Headquarters, MissingError, Views
 from .pipeline import Pipeline
 from .plan import Local, View, next_action
@@ -60,6 +61,7 @@ class Engine:
         self._pending: Future[Outcome] | None = None
         self._since = 0  # samples since the last capture
         self._captured = 0
+        self._in_capture = 0  # samples of the round on its way
         self._count = 0  # committed rounds seen
         self._committed = 0
         self._diverged = -1  # the committed round after which it happened
@@ -69,6 +71,9 @@ class Engine:
             while not self.views.closed:
                 view, version = self.views.newest
                 self._note_committed(view)
+                if self._pipeline and view.plan and view.plan.attempt < self._pipeline.attempt_in(view.plan.generation):
+                    self.views.wait(version)  # the pipeline has heard of a loss already: its view is on the way
+                    continue
                 action = next_action(view, self.local, self.config.run)
                 if action is None:
                     self.hq.state = "waiting" if not self.local.seated else self.hq.state
@@ -107,17 +112,18 @@ class Engine:
     def _do(self, action: rules.Action, view: View) -> None:
         match action:
             case rules.TakeSeat(plan=plan):
-                self._take_seat(plan)
+                self._take_seat(plan, view)
+            case rules.Reroute(plan=plan):
+                self._reroute(plan, view)
             case rules.Evaluate(position=position):
                 ends = position == self.config.run.steps or (view.closing and position == view.end)
-                if ends:  # no step follows that a round on its way could wait for
-                    self._finish_pending(late=self.local.step > self._captured)
-                self._evaluate(position)
+                # Where no step follows that a round on its way could wait for, it comes first.
+                if not ends or self._finish_pending(late=self.local.step > self._captured):
+                    self._evaluate(position)
             case rules.Train(step=step):
                 self._train(step, view)
             case rules.CloseRound(step=step):
-                self._finish_pending(late=self.local.step > self._captured)
-                if self.local.round < step:
+                if self._finish_pending(late=self.local.step > self._captured) and self.local.round < step:
                     self._round(step, wait=True)
             case rules.Save(step=step):
                 self._save(step, view)
@@ -126,10 +132,10 @@ class Engine:
 
     # A generation begins.
 
-    def _take_seat(self, plan: Plan) -> None:
+    def _take_seat(self, plan: Plan, view: View) -> None:
         self.hq.state = "loading"
         self._drop_pending()
-        self.points.drop_after(plan.first_step)
+        self.points.drop_after(max(plan.first_step, view.committed))
         peer = self.config.peer
         if peer not in plan.places:
             self.local = replace(self.local, generation=plan.generation, seated=False)
@@ -137,12 +143,14 @@ class Engine:
         number, replica = plan.places[peer]
         layers = (plan.stages[number].first_layer, plan.stages[number].last_layer)
         try:
+            failpoint("worker.seat.fetch")
             state = self._origin(plan, number, layers)
         except MissingError as error:
             log.warning("%s", error)
             self.local = replace(self.local, generation=plan.generation, seated=False)
             self.hq.report(fault=pb.Fault(generation=plan.generation, text=str(error), peer=error.holder))
             return
+        failpoint("worker.seat.fetched")
         if self.stage is None or (self.stage.first, self.stage.last) != layers:
             self.stage = self._build(layers)
         if state is None:
@@ -167,6 +175,7 @@ class Engine:
             step=plan.first_step,
             round=plan.first_step if plan.origin != "step" else 0,
         )
+        failpoint("worker.seat.taken")
         self.hq.report(ready=pb.Ready(generation=plan.generation, digest=digest(self.stage.g)))
         self.hq.state = "training"
 
@@ -206,6 +215,22 @@ class Engine:
     def _build(self, layers: tuple[int, int]) -> Stage:
         return Stage(self.config.run, self.config.manifest.vocab_size, *layers, device=self.config.device)
 
+    def _reroute(self, plan: Plan, view: View) -> None:
+        """Somebody is lost and the generation goes on: a round on its way is void, its samples go into the next."""
+        assert self._pipeline and self.stage
+        if self._captured > view.committed:
+            if self._pending is not None:
+                self._since += self._in_capture
+            self._drop_pending()
+            self.points.drop_after(view.committed)
+            self._captured = view.committed
+        self._pipeline.reroute(plan)
+        seat = self._seat = self._pipeline.seat
+        self._synchronizer = Synchronizer(self.config.run, seat, self.stage, None, self.links)
+        self.local = replace(self.local, attempt=plan.attempt, round=min(self.local.round, self._captured))
+        if self._pipeline.owes:
+            self._since += self._pipeline.catch_up().samples
+
     # Steps and rounds.
 
     def _train(self, step: int, view: View) -> None:
@@ -221,17 +246,21 @@ class Engine:
                 step=step,
                 samples=result.samples,
                 loss_sum=result.loss_sum,
-                targets=result.targets if self._seat.is_last else 0,
+                targets=result.loss_targets if self._seat.is_last else 0,
                 compute_seconds=result.seconds - result.wait_seconds,
                 wait_seconds=result.wait_seconds,
             )
         )
-        replicas = len(self._seat.plan.stages[self._seat.stage].replicas)
+        plan = self._pipeline.seat.plan
+        if plan.attempt > self.local.attempt:
+            return  # somebody was lost meanwhile: what that means for rounds comes first
+        replicas = len(plan.replicas[self._seat.stage])
         self.hq.counterfactual(round(2 * (replicas - 1) / replicas * 2 * self.stage.size))
         failed = self._pending is not None and self._pending.done() and self._pending.exception() is not None
-        if failed or is_applied(self.sync_rule, self.config.run.seed, self._captured, done):
-            self._finish_pending(late=True)
-        if is_round(self.sync_rule, self.config.run.seed, step):
+        due = failed or is_applied(self.sync_rule, self.config.run.seed, self._captured, done)
+        if due and not self._finish_pending(late=True):
+            return
+        if is_round(self.sync_rule, self.config.run.seed, step) and (done > plan.void or not plan.attempt):
             self._round(done, wait=self.sync_rule.delay == 0)
 
     def _round(self, done: int, *, wait: bool) -> None:
@@ -241,13 +270,15 @@ class Engine:
         last = done == run.steps
         which = fragments(self.sync_rule, run.seed, done - 1, last)
         capture = self._synchronizer.capture(self.stage, done, self._since, which, full=last)
-        self._since, self._captured = 0, done
+        failpoint("worker.round.captured")
+        self._in_capture, self._since, self._captured = self._since, 0, done
         self.local = replace(self.local, round=done)
         generation, synchronizer = self.local.generation, self._synchronizer
 
         def exchange() -> Outcome:
             outcome = synchronizer.exchange(capture)
             self.points.keep(outcome.state)
+            failpoint("worker.round.done")
             self.hq.report(
                 round_done=pb.RoundDone(
                     generation=generation,
@@ -257,6 +288,7 @@ class Engine:
                     base_digest=outcome.base_digest,
                     nbytes=outcome.nbytes,
                     seconds=outcome.seconds,
+                    attempt=synchronizer.seat.plan.attempt,
                 )
             )
             return outcome
@@ -265,19 +297,48 @@ class Engine:
         if wait:
             self._finish_pending(late=False)
 
-    def _finish_pending(self, *, late: bool) -> None:
-        """Waits for the round on its way, if there is one, and applies it."""
-        if self._pending is not None:
-            assert self.stage is not None
+    def _finish_pending(self, *, late: bool) -> bool:
+        """Waits until the round on its way, if there is one, is committed, and applies it.
+
+        False if it stays on its way, because somebody was lost before it was committed: then it is void.
+        """
+        if self._pending is None:
+            return True
+        assert self.stage is not None
+        self.views.idle = True
+        try:
             outcome = self._pending.result()
-            self._pending = None
-            apply(self.stage, outcome, late=late)
+        except Rerouted:
+            return False
+        finally:
+            self.views.idle = False
+        if not self._is_committed(self._captured):
+            return False
+        self._pending = None
+        failpoint("worker.round.apply")
+        apply(self.stage, outcome, late=late)
+        return True
+
+    def _is_committed(self, step: int) -> bool:
+        """Waits until the coordinator has decided: a round may not count, so nobody goes on from it before."""
+        while True:
+            view, version = self.views.newest
+            if view.committed >= step:
+                return True
+            if self.views.closed or view.plan is None or view.plan.generation != self.local.generation:
+                raise Fenced
+            if view.plan.attempt > self.local.attempt:
+                return False
+            self.views.wait(version)
 
     def _note_committed(self, view: View) -> None:
         """Older rounds are let go; of the committed ones, one in ``save_rounds`` goes to disk."""
         if view.committed == self._committed:
             return
         self._committed = view.committed
+        if self._pipeline and view.plan and view.plan.generation == self.local.generation:
+            self._pipeline.kept.forget(view.committed)
+            self.mailbox.forget(self.local.generation, view.committed)
         self.points.forget(view.committed, view.publish)
         self._count += 1
         if self._count % self.config.run.checkpoint.save_rounds == 0 and (state := self._committed_state(view)):
@@ -310,13 +371,13 @@ class Engine:
         assert self._pipeline and self._seat
         result = self._pipeline.evaluate(position)
         self.local = replace(self.local, evaluated=position)
-        if self._seat.is_last:
+        if self._seat.is_last and result is not None:
             self.hq.report(
                 eval_done=pb.EvalDone(
                     generation=self.local.generation,
                     step=position,
                     loss_sum=result.loss_sum,
-                    targets=result.targets,
+                    targets=result.loss_targets,
                 )
             )
 
@@ -326,7 +387,8 @@ class Engine:
         """A stop: the last committed round and the very state of now, both to disk."""
         assert self.stage and self._synchronizer
         self.hq.state = "saving"
-        self._finish_pending(late=self.local.step > self._captured)
+        if not self._finish_pending(late=self.local.step > self._captured):
+            return
         self._save_committed(view)
         point = SavePoint(
             kind="step",
@@ -354,6 +416,7 @@ class Engine:
         if state is None:
             raise WireError(f"the round of step {step} is not here any more")
         tensors = {name: t.contiguous() for name, t in self.stage.named(state.g).items()}
+        failpoint("worker.publish")
         data = safetensors.torch.save(tensors, {"format": "pt"})
         try:
             self.hq.publish(step, self._seat.stage, data)
@@ -364,6 +427,7 @@ class Engine:
         self.local = replace(self.local, published=step)
 
     def _leave(self, view: View) -> None:
+        failpoint("worker.leave")
         self.hq.state = "leaving"
         self._drop_pending()
         if view.phase != "finished":

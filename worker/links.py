@@ -14,6 +14,7 @@ from typing import Protocol
 
 from ..protocol.channel import Channel
 from ..protocol.errors import PotluckError, UnreachableError, WireError
+from ..protocol.failpoints import failpoint_async
 from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame
 from ..protocol.plan import Plan, Replica
 from ..protocol.transport import Transport
@@ -67,19 +68,29 @@ class Links:
         return peer in self._addresses
 
     def follow(self, plan: Plan) -> None:
-        """Takes over a plan: who may come in, where to dial, what is over."""
+        """Takes over a plan: who may come in, where to dial, what is over. It may be of the same generation, which goes
+        on without somebody."""
+        same = self.plan is not None and plan.generation == self.plan.generation
         self.plan = plan
-        replicas: list[Replica] = [r for s in plan.stages for r in (*s.replicas, *s.donors)]
-        moved = {r.peer for r in replicas if self._addresses.get(r.peer, r.addresses) != r.addresses}
-        self._addresses = {r.peer: r.addresses for r in replicas}
-        for lane in [x for x in self._tasks if x[0] not in self._addresses or x[0] in moved]:
-            self._tasks.pop(lane).cancel()
-            self._outboxes.pop(lane, None)
+        donors = () if same else tuple(d for stage in plan.stages for d in stage.donors)
+        self._reach([*(r for replicas in plan.replicas for r in replicas), *donors])
+        if plan.lost:
+            self.mailbox.reroute(plan)
+        if same:
+            return
         self.mailbox.fence(plan.generation)
         early, self._early = self._early, {}
         self._served = {(p, g) for p, g in self._served if g >= plan.generation}
         for peer, request in early.items():
             self._keep(asyncio.create_task(self._serve(peer, request)))
+
+    def _reach(self, replicas: Sequence[Replica]) -> None:
+        """Who may come in, and where to dial them; the ways to all others end."""
+        moved = {r.peer for r in replicas if self._addresses.get(r.peer, r.addresses) != r.addresses}
+        self._addresses = {r.peer: r.addresses for r in replicas}
+        for lane in [x for x in self._tasks if x[0] not in self._addresses or x[0] in moved]:
+            self._tasks.pop(lane).cancel()
+            self._outboxes.pop(lane, None)
 
     # For the computing threads.
 
@@ -88,8 +99,11 @@ class Links:
         with contextlib.suppress(RuntimeError):  # the loop is closed: we are leaving
             self._loop.call_soon_threadsafe(self._enqueue, peer, frame)
 
-    def take(self, address: Address, also: Sequence[Address] = ()) -> Frame:
-        return self.mailbox.take(address, also=also)
+    def take(self, wanted: Sequence[Address], attempt: int = 0) -> tuple[Address, Frame]:
+        return self.mailbox.take(wanted, attempt)
+
+    def holds(self, address: Address) -> bool:
+        return self.mailbox.holds(address)
 
     # In the loop.
 
@@ -123,6 +137,7 @@ class Links:
                     if channel is None:
                         channel = await self._dial(peer)
                         ended = asyncio.create_task(channel.recv())  # nobody answers here: it ends with the channel
+                    await failpoint_async("worker.link.send", UnreachableError)
                     await channel.send(frame)
         except asyncio.CancelledError:
             raise
@@ -161,19 +176,12 @@ class Links:
         try:
             while True:
                 frame = await channel.recv()
+                await failpoint_async("worker.link.receive", WireError)
                 header = frame.header
                 if header.kind == Kind.STATE_REQUEST:
                     await self._serve(channel.peer_id, header)
                 else:
-                    address = Address(
-                        header.generation,
-                        header.kind,
-                        header.step,
-                        header.part,
-                        header.microbatch,
-                        channel.peer_id,
-                    )
-                    if not self.mailbox.put(address, frame):
+                    if not self.mailbox.put(Address.of(header, channel.peer_id), frame):
                         raise WireError(f"{channel.peer_id[:8]} sends more than anybody asked for")
         except WireError as error:
             log.warning("%s", error)
@@ -241,7 +249,7 @@ def fetch_state(
     links.post(donor, request_frame(run, generation, stage, step))
     data, part, total = bytearray(), 0, 1
     while len(data) < total:
-        frame = links.take(Address(generation, Kind.STATE, step, part, 0, donor))
+        _, frame = links.take([Address(generation, Kind.STATE, step, part, 0, donor)])
         total = frame.header.targets
         if total > most_nbytes:
             raise WireError(f"a state of {total} bytes, at most {most_nbytes} fit the stage")

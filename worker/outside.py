@@ -54,6 +54,7 @@ class Views:
         self._view = View()
         self._version = 0
         self.closed = False
+        self.idle = False  # the computing thread waits for the coordinator or for a round
 
     def put(self, view: View) -> None:
         with self._changed:
@@ -72,4 +73,6 @@ class Views:
 
     def wait(self, seen: int) -> None:
         with self._changed:
+            self.idle = True
             self._changed.wait_for(lambda: self.closed or self._version != seen)
+            self.idle = False

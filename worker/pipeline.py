@@ -1,26 +1,35 @@
-"""A step of one replica: the forwards and backwards of its microbatches in 1F1B order, over a wire.
+"""A step of one replica: the forwards and backwards of its microbatches, 1F1B as far as they arrive, over a wire.
 
-1F1B (PipeDream-Flush): after a few forwards to fill the pipe, one forward alternates with one backward, so at most
+1F1B (PipeDream-Flush): a few forwards fill the pipe, then a backward goes before the next forward, so at most
 ``stages after me + run_ahead + 1`` inputs are kept. Backwards run in the order of the microbatches whatever arrives
-first: gradients are summed in one order, so a step's result does not depend on timing.
+first: gradients are summed in one order, so a step's result does not depend on timing. Nobody waits for ever: the first
+microbatch that is not done everywhere is the first of everybody who has yet to do it.
+
+When a replica is lost and the generation goes on, its neighbours send what they had sent to it to its substitutes, who
+do its microbatches since the last committed round again, at this one stage (SWARM, arXiv 2301.11913, re-sends the same
+way; there nothing keeps count). They go into the update of the step at hand.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..protocol.errors import WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.frames import Frame, Kind
+from ..protocol.plan import Plan
 from .boundary import EVAL, TRAIN, Boundary
 from .data import Dataset
-from .mailbox import Address
+from .mailbox import Address, Rerouted
 from .stage import Stage
+
+KEPT_NBYTES = 4 << 30  # of what was sent since the last committed round; beyond it a loss costs the round
 
 
 class Wire(Protocol):
@@ -29,19 +38,31 @@ class Wire(Protocol):
     def post(self, peer: str, frame: Frame) -> None:
         """Sends a frame; returns before it has left. Order to one peer is kept."""
 
-    def take(self, address: Address, also: Sequence[Address] = ()) -> Frame:
-        """Waits for a frame there, or at one of ``also``, first. Raises ``Fenced`` when the generation is over."""
+    def take(self, wanted: Sequence[Address], attempt: int = 0) -> tuple[Address, Frame]:
+        """Waits for a frame at one of ``wanted``, the first before the last. Raises ``Fenced`` when the generation is
+        over, ``Rerouted`` when it goes on with a later ``attempt``."""
+
+    def holds(self, address: Address) -> bool:
+        """Whether a frame is there already."""
 
 
 @dataclass(kw_only=True)
 class StepResult:
     """What a replica did in a step or an evaluation; loss is known to the last stage only."""
 
-    samples: int = 0
+    samples: int = 0  # a lost replica's that are in this update, too
     targets: int = 0
     loss_sum: float = 0.0
+    loss_targets: int = 0
     wait_seconds: float = 0.0
     seconds: float = 0.0
+
+
+class Lane(NamedTuple):
+    """A microbatch of a step."""
+
+    step: int
+    m: int
 
 
 @dataclass
@@ -55,14 +76,39 @@ class Flight:
     resent: bool = False
 
 
-def one_f_one_b(count: int, stages_after: int, run_ahead: int) -> Iterator[tuple[str, int]]:
-    """The order of ("F", i) and ("B", i) for ``count`` microbatches with ``stages_after`` stages behind."""
-    warmup = min(count, stages_after + (run_ahead if stages_after else 0))
-    yield from (("F", i) for i in range(warmup))
-    for i in range(count):
-        if warmup + i < count:
-            yield "F", warmup + i
-        yield "B", i
+class Kept:
+    """What was sent in training since the last committed round, to be sent again if its receiver is lost."""
+
+    def __init__(self, since: int) -> None:
+        self.since = since  # the first step of which everything is here
+        self.nbytes = 0
+        self._frames: dict[tuple[Lane, Kind], Frame] = {}
+
+    def add(self, frame: Frame) -> None:
+        lane = Lane(frame.header.step, frame.header.microbatch)
+        self._frames[lane, frame.header.kind] = frame
+        self.nbytes += len(frame.payload)
+        if self.nbytes > KEPT_NBYTES:
+            self.forget(lane.step + 1)
+
+    def forget(self, before: int) -> None:
+        """Lets go of all steps below ``before``."""
+        self.since = max(self.since, before)
+        for key in [k for k in self._frames if k[0].step < before]:
+            self.nbytes -= len(self._frames.pop(key).payload)
+
+    def moved(self, before: Plan, after: Plan, stage: int) -> list[tuple[str, Frame]]:
+        """What ``stage`` sent to somebody who is lost since ``before``, and to whom it must go."""
+        out = []
+        for (lane, kind), frame in self._frames.items():
+            to = stage + 1 if kind == Kind.ACTIVATION else stage - 1
+            peer, since = after.peer_of(to, lane.m), after.since(to, lane.m)
+            if peer != before.peer_of(to, lane.m):
+                if since < self.since:
+                    raise WireError("a replica is lost, and what was sent to it is not kept any more")
+                if lane.step >= since:
+                    out.append((peer, frame))
+        return out
 
 
 class Pipeline:
@@ -71,29 +117,210 @@ class Pipeline:
     def __init__(self, boundary: Boundary, stage: Stage, data: Dataset | None, wire: Wire) -> None:
         self.config, self.seat, self.boundary = boundary.config, boundary.seat, boundary
         self.stage, self.data, self.wire = stage, data, wire
-        self._flights: dict[int, Flight] = {}
+        self.kept = Kept(self.seat.plan.first_step)
+        self._flights: dict[Lane, Flight] = {}
+        self._to_forward: list[Lane] = []  # in order
+        self._to_backward: list[Lane] = []  # in order
+        self._inherited: set[Lane] = set()  # of a lost replica, in steps that are done or at work
+        self._asked: set[Lane] = set()  # to be had again, without deltas
+        self._begun = self.seat.plan.first_step  # steps that are done or at work
+        self._result = StepResult()
         self._waited = 0.0
+        after = self.seat.stages - 1 - self.seat.stage
+        self._window = after + self.config.pipeline.run_ahead + 1
+
+    def attempt_in(self, generation: int) -> int:
+        """The newest attempt of a generation that we have heard of."""
+        return self.seat.plan.attempt if self.seat.plan.generation == generation else 0
+
+    @property
+    def owes(self) -> bool:
+        """Whether microbatches of a lost replica are left to us."""
+        return bool(self._to_backward)
 
     def step(self, step: int) -> StepResult:
         """Forward and backward of every microbatch this replica serves, then the local optimizer's update."""
+        self._begun = step + 1
+        self._add([Lane(step, m) for m in self.seat.served])
+        return self._update()
+
+    def catch_up(self) -> StepResult:
+        """What a lost replica left to us, in an update of its own: no step is at hand that it could go into."""
+        return self._update()
+
+    def _add(self, lanes: list[Lane]) -> None:
+        self._to_forward = sorted([*self._to_forward, *lanes])
+        self._to_backward = sorted([*self._to_backward, *lanes])
+
+    def _update(self) -> StepResult:
         started, self._waited = time.perf_counter(), 0.0
-        result = StepResult()
-        self._flights.clear()
-        served = self.seat.served
-        order = one_f_one_b(len(served), self.seat.stages - 1 - self.seat.stage, self.config.pipeline.run_ahead)
-        for action, i in order:
-            if action == "F":
-                self._forward(step, served[i], result)
-            else:
-                self._backward(step, served[i])
-        result.samples = len(served) * self.seat.plan.microbatch_size
+        result = self._result = StepResult()
+        while self._to_backward:
+            self._advance()
+        self._inherited.clear()
+        failpoint("worker.update", torch.OutOfMemoryError)
         self.stage.update(result.targets)
+        failpoint("worker.updated")
         result.wait_seconds, result.seconds = self._waited, time.perf_counter() - started
         return result
 
+    def _advance(self) -> None:
+        """One microbatch goes one way: the next backward if it can, else the forward whose input is there first."""
+        first = self._to_backward[0]
+        if self.seat.is_last:
+            ahead = [first]
+        else:
+            ahead = [lane for lane in self._to_forward if lane in self._inherited]
+            own = next((lane for lane in self._to_forward if lane not in self._inherited), None)
+            if own and sum(lane not in self._inherited for lane in self._flights) < self._window:
+                ahead.append(own)
+        gradient = self._from(Kind.GRADIENT, first) if first in self._flights else None
+        if self.seat.is_first and ahead and not (gradient and self.wire.holds(gradient)):
+            self._forward(ahead[0])
+            return
+        inputs = {} if self.seat.is_first else {self._from(Kind.ACTIVATION, lane): lane for lane in ahead}
+        if (found := self._arrived([*([gradient] if gradient else []), *inputs])) is None:
+            return  # the routes have changed
+        place, frame = found
+        if place == gradient:
+            self._backward(first, frame)
+        else:
+            self._forward(inputs[place], frame)
+
+    def _from(self, kind: Kind, lane: Lane) -> Address:
+        """Where a microbatch's activation or gradient comes in."""
+        stage = self.seat.stage + (1 if kind == Kind.GRADIENT else -1)
+        plan = self.seat.plan
+        return Address(plan.generation, kind, lane.step, TRAIN, lane.m, plan.peer_of(stage, lane.m))
+
+    def _forward(self, lane: Lane, frame: Frame | None = None) -> None:
+        failpoint("worker.forward", torch.OutOfMemoryError)
+        if frame is None:
+            assert self.data is not None, "the first stage needs the corpus"
+            source, targets = self.data.batch(self.seat.plan.samples(*lane), self.config.seed)
+        else:
+            found = self.boundary.received(frame, attempt=int(lane in self._asked))
+            if found is None:
+                self._asked.add(lane)
+                self.wire.post(self.seat.plan.peer_of(self.seat.stage - 1, lane.m), self.boundary.miss(*lane))
+                return
+            self._asked.discard(lane)
+            source, targets = found
+        source, targets = source.to(self.stage.device), targets.to(self.stage.device)
+        self._to_forward.remove(lane)
+        keep = self.seat.is_last or not self.config.pipeline.recompute
+        if not self.seat.is_first:
+            source.requires_grad_()
+        with torch.set_grad_enabled(keep):
+            output = self.stage.module(source)
+            if self.seat.is_last:
+                output = self.stage.module.loss_sum(output, targets)
+        self._count(lane, int((targets >= 0).sum()), float(output.detach()) if self.seat.is_last else 0.0)
+        self._flights[lane] = Flight(source, targets, output if keep else None)
+        if self.seat.is_last:
+            self._backward(lane, None)
+        else:
+            self._send_forward(lane, output.detach())
+            failpoint("worker.activation.sent")
+
+    def _count(self, lane: Lane, targets: int, loss: float) -> None:
+        result = self._result
+        result.samples += self.seat.plan.microbatch_size
+        result.targets += targets
+        if lane.step == self._begun - 1:  # the loss of older steps was told, or is lost with who knew it
+            result.loss_sum += loss
+            result.loss_targets += targets
+
+    def _backward(self, lane: Lane, frame: Frame | None) -> None:
+        failpoint("worker.backward", torch.OutOfMemoryError)
+        flight = self._flights[lane]
+        if frame is None:
+            assert flight.output is not None
+            flight.output.backward()
+        else:
+            gradient = self.boundary.received_gradient(frame).to(self.stage.device)
+            output = self.stage.module(flight.source) if flight.output is None else flight.output
+            output.backward(gradient)
+        del self._flights[lane]
+        self._to_backward.remove(lane)
+        if not self.seat.is_first:
+            assert flight.source.grad is not None
+            self._send(self.seat.stage - 1, self.boundary.gradient(*lane, flight.source.grad))
+            failpoint("worker.gradient.sent")
+
+    def _send_forward(self, lane: Lane, hidden: Tensor) -> None:
+        frame, has_delta = self.boundary.activation(lane.step, TRAIN, lane.m, hidden, self._flights[lane].targets)
+        if has_delta:
+            place = self._from(Kind.GRADIENT, lane)
+            self._flights[lane].miss = place._replace(kind=Kind.MISS)
+        known = lane in self._inherited and self.wire.holds(self._from(Kind.GRADIENT, lane))
+        self._send(self.seat.stage + 1, frame, known=known)
+
+    def _send(self, stage: int, frame: Frame, *, known: bool = False) -> None:
+        """To a neighbour, unless it has done the microbatch already (``known``), and kept in case that it is lost."""
+        plan = self.seat.plan
+        if self.boundary.memory is None and len(plan.replicas[stage]) > 1:
+            self.kept.add(frame)
+        if not known:
+            self.wire.post(plan.peer_of(stage, frame.header.microbatch), frame)
+
+    def _send_again(self, miss: Frame) -> None:
+        """Answers a ``MISS``. The weights are still those of the step, so an output that was not kept is made anew."""
+        lane = Lane(miss.header.step, miss.header.microbatch)
+        flight = self._flights[lane]
+        assert flight.miss is not None
+        if flight.resent:
+            raise WireError(
+                f"{flight.miss.sender[:8]} asks for microbatch {lane.m} of step {lane.step} again and again"
+            )
+        flight.resent = True
+        self.boundary.missed(miss.header)
+        with torch.no_grad():
+            output = self.stage.module(flight.source) if flight.output is None else flight.output
+        frame, _ = self.boundary.activation(lane.step, TRAIN, lane.m, output.detach(), flight.targets, attempt=1)
+        self.wire.post(flight.miss.sender, frame)
+
+    def _arrived(self, wanted: Sequence[Address]) -> tuple[Address, Frame] | None:
+        """Waits for a frame, and meanwhile answers whoever lacks what a delta was against; None if the routes changed.
+
+        Nobody waits for ever: who misses something waits for a stage before its own, which computes or waits in turn,
+        and whoever waits answers.
+        """
+        while True:
+            misses = [flight.miss for flight in self._flights.values() if flight.miss is not None]
+            started = time.perf_counter()
+            try:
+                place, frame = self.wire.take([*misses, *wanted], self.seat.plan.attempt)
+            except Rerouted as change:
+                self.reroute(change.plan)
+                return None
+            finally:
+                self._waited += time.perf_counter() - started
+            if frame.header.kind != Kind.MISS:
+                return place, frame
+            self._send_again(frame)
+
+    def reroute(self, plan: Plan) -> None:
+        """Goes on with a plan that has lost somebody: sends what he needs to who does his work now, and takes over
+        what is left to us. Does nothing if the plan is known."""
+        before = self.seat
+        if plan.attempt <= before.plan.attempt:
+            return
+        seat = self.seat = self.boundary.seat = before.rerouted(plan)
+        for peer, frame in self.kept.moved(before.plan, plan, seat.stage):
+            self.wire.post(peer, frame)
+        new = sorted(set(seat.served) - set(before.served))
+        lanes = [Lane(step, m) for m in new for step in range(plan.since(seat.stage, m), self._begun)]
+        self._inherited.update(lanes)
+        self._add(lanes)
+
+    # The held-out loss.
+
     @torch.no_grad()
-    def evaluate(self, position: int) -> StepResult:
-        """Held-out loss of the reference weights ``g``, forward only, through the same codecs."""
+    def evaluate(self, position: int) -> StepResult | None:
+        """Held-out loss of the reference weights ``g``, forward only, through the same codecs; None if it was cut off
+        because somebody is lost."""
+        failpoint("worker.evaluate", torch.OutOfMemoryError)
         started, self._waited = time.perf_counter(), 0.0
         result, stage, size = StepResult(), self.stage, self.config.pipeline.microbatch_size
         training = stage.x.clone()
@@ -101,13 +328,16 @@ class Pipeline:
         try:
             for m in range(-(-self.config.eval.samples // size)):
                 if self.seat.plan.replica_of(self.seat.stage, self._lane(m)) == self.seat.replica:
-                    source, targets = self._input(position, m, EVAL)
+                    if (found := self._heldout(position, m)) is None:
+                        return None
+                    source, targets = found
                     hidden = stage.module(source)
                     if self.seat.is_last:
                         result.loss_sum += float(stage.module.loss_sum(hidden, targets))
-                        result.targets += int((targets >= 0).sum())
+                        result.loss_targets += int((targets >= 0).sum())
                     else:
-                        self._send_forward(position, m, hidden, targets, EVAL)
+                        frame, _ = self.boundary.activation(position, EVAL, m, hidden, targets)
+                        self.wire.post(self.seat.plan.peer_of(self.seat.stage + 1, self._lane(m)), frame)
         finally:
             stage.x.copy_(training)
         result.wait_seconds, result.seconds = self._waited, time.perf_counter() - started
@@ -117,93 +347,20 @@ class Pipeline:
         """Evaluation has its own number of microbatches: they take the routes of training in turn."""
         return microbatch % self.seat.plan.microbatches_per_step
 
-    def _forward(self, step: int, m: int, result: StepResult) -> None:
-        source, targets = self._input(step, m, TRAIN)
-        result.targets += int((targets >= 0).sum())
-        keep = self.seat.is_last or not self.config.pipeline.recompute
-        if not self.seat.is_first:
-            source.requires_grad_()
-        with torch.set_grad_enabled(keep):
-            output = self.stage.module(source)
-        flight = self._flights[m] = Flight(source, targets)
-        if self.seat.is_last:
-            flight.output = self.stage.module.loss_sum(output, targets)
-            result.loss_sum += float(flight.output.detach())
-        else:
-            flight.output = output if keep else None
-            self._send_forward(step, m, output.detach(), targets, TRAIN)
-
-    def _backward(self, step: int, m: int) -> None:
-        flight = self._flights[m]
-        if self.seat.is_last:
-            assert flight.output is not None
-            flight.output.backward()
-        else:
-            frame = self._take(Kind.GRADIENT, step, TRAIN, m, self.seat.plan.peer_of(self.seat.stage + 1, m))
-            gradient = self.boundary.received_gradient(frame).to(self.stage.device)
-            output = self.stage.module(flight.source) if flight.output is None else flight.output
-            output.backward(gradient)
-        del self._flights[m]
-        if not self.seat.is_first:
-            assert flight.source.grad is not None
-            back = self.seat.plan.peer_of(self.seat.stage - 1, m)
-            self.wire.post(back, self.boundary.gradient(step, m, flight.source.grad))
-
-    def _input(self, step: int, m: int, part: int) -> tuple[Tensor, Tensor]:
-        """This stage's input for a microbatch and its targets [B, T] (int64)."""
+    def _heldout(self, position: int, m: int) -> tuple[Tensor, Tensor] | None:
+        """This stage's input for a microbatch of held-out samples, and its targets."""
         if self.seat.is_first:
             assert self.data is not None, "the first stage needs the corpus"
-            if part == TRAIN:
-                ids, targets = self.data.batch(self.seat.plan.samples(step, m), self.config.seed)
-            else:
-                size = self.config.pipeline.microbatch_size
-                indices = range(m * size, min((m + 1) * size, self.config.eval.samples))
-                ids, targets = self.data.heldout_batch([i % self.data.manifest.n_heldout for i in indices])
-            return ids.to(self.stage.device), targets.to(self.stage.device)
-        lane = m if part == TRAIN else self._lane(m)
-        behind = self.seat.plan.peer_of(self.seat.stage - 1, lane)
-        found = self.boundary.received(self._take(Kind.ACTIVATION, step, part, m, behind))
-        if found is None:
-            self.wire.post(behind, self.boundary.miss(step, m))
-            found = self.boundary.received(self._take(Kind.ACTIVATION, step, part, m, behind), attempt=1)
+            size = self.config.pipeline.microbatch_size
+            indices = range(m * size, min((m + 1) * size, self.config.eval.samples))
+            source, targets = self.data.heldout_batch([i % self.data.manifest.n_heldout for i in indices])
+        else:
+            plan = self.seat.plan
+            behind = plan.peer_of(self.seat.stage - 1, self._lane(m))
+            arrived = self._arrived([Address(plan.generation, Kind.ACTIVATION, position, EVAL, m, behind)])
+            if arrived is None:
+                return None
+            found = self.boundary.received(arrived[1])
             assert found is not None, "nothing can be missing without deltas"
-        hidden, targets = found
-        return hidden.to(self.stage.device), targets.to(self.stage.device)
-
-    def _send_forward(self, step: int, m: int, hidden: Tensor, targets: Tensor, part: int) -> None:
-        lane = m if part == TRAIN else self._lane(m)
-        ahead = self.seat.plan.peer_of(self.seat.stage + 1, lane)
-        frame, has_delta = self.boundary.activation(step, part, m, hidden, targets)
-        if has_delta:
-            self._flights[m].miss = Address(self.seat.plan.generation, Kind.MISS, step, part, m, ahead)
-        self.wire.post(ahead, frame)
-
-    def _send_again(self, miss: Frame) -> None:
-        """Answers a ``MISS``. The weights are still those of the step, so an output that was not kept is made anew."""
-        step, m = miss.header.step, miss.header.microbatch
-        flight = self._flights[m]
-        assert flight.miss is not None
-        if flight.resent:
-            raise WireError(f"{flight.miss.sender[:8]} asks for microbatch {m} of step {step} again and again")
-        flight.resent = True
-        self.boundary.missed(miss.header)
-        with torch.no_grad():
-            output = self.stage.module(flight.source) if flight.output is None else flight.output
-        frame, _ = self.boundary.activation(step, TRAIN, m, output.detach(), flight.targets, attempt=1)
-        self.wire.post(flight.miss.sender, frame)
-
-    def _take(self, kind: Kind, step: int, part: int, m: int, sender: str) -> Frame:
-        """Waits for a frame, and meanwhile answers whoever lacks what a delta was against.
-
-        Nobody waits for ever: who misses something waits for a stage before its own, which computes or waits in turn,
-        and whoever waits answers.
-        """
-        address = Address(self.seat.plan.generation, kind, step, part, m, sender)
-        while True:
-            also = [flight.miss for flight in self._flights.values() if flight.miss is not None]
-            started = time.perf_counter()
-            frame = self.wire.take(address, also)
-            self._waited += time.perf_counter() - started
-            if frame.header.kind != Kind.MISS:
-                return frame
-            self._send_again(frame)
+            source, targets = found
+        return source.to(self.stage.device), targets.to(self.stage.device)

@@ -34,6 +34,7 @@ class Local:
     step: int = 0  # steps done
     evaluated: int = -1  # newest position whose held-out loss is measured
     round: int = 0  # steps done when the newest round was captured
+    attempt: int = 0  # replicas that the plan had lost when we last looked
     saved: int = -1
     published: int = -1
 
@@ -46,6 +47,13 @@ class Exit:
 @dataclass(frozen=True)
 class TakeSeat:
     """A new generation: build or fetch the stage's state, or stand by."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Reroute:
+    """The generation goes on without somebody: rounds on their way are void, and his work is perhaps ours."""
 
     plan: Plan
 
@@ -81,7 +89,7 @@ class Save:
     step: int
 
 
-Action = Exit | TakeSeat | Publish | Evaluate | Train | CloseRound | Save
+Action = Exit | TakeSeat | Reroute | Publish | Evaluate | Train | CloseRound | Save
 
 
 def next_action(view: View, local: Local, config: RunConfig) -> Action | None:
@@ -91,8 +99,10 @@ def next_action(view: View, local: Local, config: RunConfig) -> Action | None:
     plan = view.plan
     if plan is None:
         return None
-    if local.generation != plan.generation:
+    if local.generation != plan.generation or (local.seated and local.peer not in plan.places):
         return TakeSeat(plan)
+    if local.seated and local.attempt < plan.attempt:
+        return Reroute(plan)
     if not local.seated or view.phase not in ("training", "finishing"):
         return None
     _, replica = plan.places[local.peer]
@@ -100,7 +110,8 @@ def next_action(view: View, local: Local, config: RunConfig) -> Action | None:
         return Publish(view.publish)
     if view.closing == "round" and local.step == view.end and local.round < view.end:
         return CloseRound(view.end)
-    if is_eval(config.eval, config.steps, local.step) and local.evaluated < local.step:
+    void = local.step <= plan.void and local.step < config.steps and plan.attempt > 0
+    if is_eval(config.eval, config.steps, local.step) and local.evaluated < local.step and not void:
         return Evaluate(local.step)
     if local.step < view.until:
         return Train(local.step)

@@ -18,6 +18,7 @@ import torch
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.errors import CapacityError, PotluckError, RefusedError, StateError
+from ..protocol.failpoints import failpoint
 from ..protocol.frames import Header, Purpose
 from ..protocol.grpc_transport import GrpcTransport
 from ..protocol.identity import Identity
@@ -56,7 +57,6 @@ class Session:
         self.links = Links(self.mailbox, self.provide, self.fault)
         self.control = Control(ticket, identity, meter, self.points.points, self.follow)
         self._checks: list[Callable[[Header], None]] = []
-        self._generation = -1
         self._told = ""
 
     async def run(self, leave: asyncio.Event) -> str:
@@ -75,10 +75,12 @@ class Session:
             addresses = await self.links.start(transport)
             self.control.start(self.config.offer(addresses))
             welcome = await self.control.welcome
+            failpoint("worker.joined")
             engine = self.engine(welcome)
             await asyncio.to_thread(warm, engine.config.run)
             thread = threading.Thread(target=compute, args=(engine, computed), name="engine", daemon=True)
             thread.start()
+            self.control.idle = lambda: self.views.idle or self.mailbox.waits(thread.ident)
             asking = asyncio.create_task(self.ask_to_leave(leave))
             try:
                 await asyncio.wait({computed, self.control.ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -138,6 +140,7 @@ class Session:
             return None
         stage = plan.stages[request.stage]
         state = self.points.find("round", plan.origin_generation, request.step, (stage.first_layer, stage.last_layer))
+        failpoint("worker.state.serve")
         return None if state is None else to_bytes(state.shared())
 
     def fault(self, generation: int, peer: str, text: str) -> None:
@@ -146,11 +149,13 @@ class Session:
 
     def follow(self, view: View) -> None:
         """A new view: the links first, so that nothing of an older generation comes in any more."""
-        if view.plan is not None and view.plan.generation != self._generation:
-            self._generation = view.plan.generation
-            self.links.follow(view.plan)
-        elif view.plan is None:
-            self.mailbox.fence(self._generation + 1)
+        plan, known = view.plan, self.links.plan
+        if plan is not None and any(lost.peer == self.identity.peer_id for lost in plan.lost):
+            self.mailbox.fence(plan.generation + 1)  # they go on without us: nothing that we are at counts
+        elif plan is not None and plan != known:
+            self.links.follow(plan)
+        elif plan is None and known is not None:
+            self.mailbox.fence(known.generation + 1)
         self.views.put(view)
         line = self.wording(view)
         if line and line != self._told:
@@ -169,6 +174,7 @@ class Session:
         await leave.wait()
         self.say("leaving: finishing the step and handing over (Ctrl-C again to leave at once)")
         self.control.leave()
+        failpoint("worker.leaving")
 
 
 class Coordinator:

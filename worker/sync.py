@@ -27,6 +27,7 @@ from ..compression.mean import MAX_WEIGHT, weighted_mean
 from ..compression.sync import Encoded, Sparse, SyncCodec
 from ..protocol.config import RunConfig
 from ..protocol.errors import DivergedError, WireError
+from ..protocol.failpoints import failpoint
 from ..protocol.frames import Frame, Kind, TensorSpec, make_frame
 from ..protocol.plan import SavePoint
 from ..protocol.schedule import draw, turn
@@ -63,19 +64,22 @@ class Outcome:
 class Synchronizer:
     """Rounds of one replica in one generation."""
 
-    def __init__(self, config: RunConfig, seat: Seat, stage: Stage, state: State, wire: Wire) -> None:
+    def __init__(self, config: RunConfig, seat: Seat, stage: Stage, state: State | None, wire: Wire) -> None:
+        """``state``: what the seat was taken with; None when the generation goes on without one of the replicas."""
         self.config, self.seat, self.wire = config, seat, wire
         self.sync = config.sync.resolved()
-        self.peers = [r.peer for r in seat.plan.stages[seat.stage].replicas]
+        self.peers = [r.peer for r in seat.plan.replicas[seat.stage]]
         self.pieces = layout(stage.size, self.sync.fragments, len(self.peers))
         self.owned = Owned(fragments=self.sync.fragments, replicas=len(self.peers), replica=seat.replica)
         mine = [piece.shards[seat.replica] for pieces in self.pieces for piece in pieces]
         self.feedback = [ErrorFeedback(end - start) for start, end in mine]  # by the piece's number
-        if state.feedback is not None and state.owned == self.owned:
+        if state is not None and state.feedback is not None and state.owned == self.owned:
             for feedback, kept in zip(self.feedback, state.feedback.split([f.n for f in self.feedback]), strict=True):
                 feedback.load(kept)
         # Steps done when samples were counted from zero; None where an older plan's are among them.
         self.counted_from = None if seat.plan.origin == "step" else seat.plan.first_step
+        if seat.plan.lost:
+            self.counted_from = seat.plan.lost[-1].since
 
     def owing(self, state: State) -> State:
         """``state`` with what this replica still owes as the owner of its shards."""
@@ -160,6 +164,7 @@ class Synchronizer:
                     yield piece, residual, torch.zeros_like(residual), 0
                     continue
                 going.append((piece, residual, *self._scatter(piece, residual, capture)))
+                failpoint("worker.round.shard_sent")
             if going and (piece is None or len(going) > 1):
                 first, residual, own, nbytes = going.pop(0)
                 mean, more = self._gather(first, own, capture)
@@ -189,6 +194,7 @@ class Synchronizer:
             if i != replica:
                 frame = self._take(Kind.SHARD, step, piece, i)
                 received.append((self._decoded(codec, frame, mine.count), self._weight(frame, i, step)))
+        failpoint("worker.round.shards_taken")
         feedback = self.feedback[piece.number]
         owed = feedback.compensated(mine, weighted_mean(received, mine.count))
         decided = self._encoded(codec, owed)
@@ -196,6 +202,7 @@ class Synchronizer:
         for i in range(len(self.peers)):
             if i != replica:
                 nbytes += self._post(i, Kind.MEAN, piece, mine.n, decided.payload, capture)
+        failpoint("worker.round.mean_sent")
         mean = torch.zeros(piece.end - piece.start)
         for j, (start, end) in enumerate(piece.shards):
             mask, sent = self._mask(piece, j, capture), decided.sent
@@ -258,7 +265,7 @@ class Synchronizer:
             stage=seat.stage,
             microbatch=seat.replica,
             part=piece.number,
-            attempt=0,
+            attempt=seat.plan.attempt,
             tensors=(TensorSpec(codec=codec, shape=(length,), nbytes=len(payload)),),
             targets=capture.samples if kind == Kind.SHARD else 0,
             dense_nbytes=0,
@@ -268,8 +275,9 @@ class Synchronizer:
         return len(payload)
 
     def _take(self, kind: Kind, step: int, piece: Piece, replica: int) -> Frame:
-        generation = self.seat.plan.generation
-        return self.wire.take(Address(generation, kind, step, piece.number, replica, self.peers[replica]))
+        plan = self.seat.plan
+        place = Address(plan.generation, kind, step, piece.number, replica, self.peers[replica], plan.attempt)
+        return self.wire.take([place], plan.attempt)[1]
 
 
 def apply(stage: Stage, outcome: Outcome, *, late: bool) -> None:

@@ -4,7 +4,7 @@ import { $, attribute, el, emptyOr, list, text } from "./dom.js";
 import { bytes, clock, count, duration, isNumber, percent, plural, times, whole, words } from "./format.js";
 
 const QUIET_AFTER = 15; // seconds without a word, then a peer's row greys out
-const STATES = new Set(["training", "loading", "waiting", "leaving", "lost"]);
+const STATES = new Set(["training", "loading", "waiting", "leaving", "away", "lost"]);
 const stateClass = (state) => (STATES.has(state) ? state : "unknown");
 const positive = (value) => isNumber(value) && value > 0;
 

@@ -6,40 +6,20 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from scripted_hub import Hand, a_hub, finished
-from simulated_disk import FailingDisk
+from scripted_hub import CONFIG, Hand, a_hub, disk, finished
 
 from potluck.coordinator import hub as shell
 from potluck.coordinator import service, standstill
-from potluck.coordinator.hub import Hub, Line
+from potluck.coordinator.hub import Hub, Item, Line
 from potluck.coordinator.state import Member, Said, Tick
 from potluck.protocol import control_pb2 as pb
-from potluck.protocol.config import (
-    CheckpointConfig,
-    CoordinatorConfig,
-    EvalConfig,
-    ModelConfig,
-    PipelineConfig,
-    RunConfig,
-    SyncConfig,
-)
 from potluck.protocol.errors import StateError
 
 FULL, IOERR = sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE
-CONFIG = RunConfig(
-    steps=8,
-    model=ModelConfig(d_model=8, layers=4, heads=1, rotary_dim=2, seq_len=8),
-    pipeline=PipelineConfig(stages=2, microbatches=2, microbatch_size=1),
-    sync=SyncConfig(preset="cocktail", every=3),  # type: ignore[arg-type]
-    eval=EvalConfig(every=5),
-    checkpoint=CheckpointConfig(publish_rounds=100),
-    coordinator=CoordinatorConfig(wait_for=2, lease_seconds=60.0),
-)
 
 
 @pytest.fixture
@@ -51,11 +31,6 @@ async def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     await made.start()
     yield made
     await made.close()
-
-
-def disk(hub: Hub) -> FailingDisk:
-    assert isinstance(hub.store, FailingDisk)
-    return hub.store
 
 
 def a_crew(hub: Hub) -> list[Hand]:
@@ -82,7 +57,7 @@ async def test_a_run_finishes_though_its_disk_refuses_again_and_again(code: int,
     times = len([number for number in range(began, disk(hub).committed) if number % every == 0])
     assert disk(hub).refused >= 2 * times - 2 > 10
     for hand in crew:
-        assert hand.acks == sorted(set(hand.acks)) and hand.acks[-1] == len(hand.said)
+        assert hand.acks == sorted(set(hand.acks)) and hand.acks[-1] == hand.said
     rows = await hub.read(disk(hub).rows, "SELECT first, count, state FROM ledger ORDER BY first")
     ends = [first + count for first, count, _ in rows]
     assert [first for first, _, _ in rows] == [0, *ends[:-1]] and ends[-1] == 8 * 2
@@ -159,8 +134,8 @@ async def test_time_without_a_disk_makes_nobody_silent(
     code: int | None, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A write of an hour, or an hour of refused ones: the clock is moved, nobody waits."""
-    late, real, loop = [0.0], time.time, asyncio.get_running_loop()
-    monkeypatch.setattr(shell.time, "time", lambda: real() + late[0])
+    late, real, loop = [0.0], hub.clock, asyncio.get_running_loop()
+    monkeypatch.setattr(hub, "clock", lambda: real() + late[0])
 
     def hang(number: int, tries: int) -> int | None:
         if number % 4 == 3 and not tries:
@@ -173,6 +148,27 @@ async def test_time_without_a_disk_makes_nobody_silent(
     await finished(hub, a_crew(hub))
     kinds = [kind for (kind,) in await hub.read(disk(hub).rows, "SELECT kind FROM events ORDER BY id")]
     assert late[0] > 10000.0 and "RolledBack" not in kinds[: kinds.index("Finished")] and kinds.count("PlanIssued") == 1
+
+
+async def test_a_machine_that_sleeps_makes_nobody_silent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    late, taken, get = [0.0], [0], hub._queue.get
+    real = hub.clock
+    monkeypatch.setattr(hub, "clock", lambda: real() + late[0])
+
+    async def sleep() -> Item:
+        """While the hub waits for something to happen."""
+        item = await get()
+        taken[0] += 1
+        if taken[0] % 4 == 3:
+            late[0] += 3600.0
+            hub.put(Tick())
+        return item
+
+    monkeypatch.setattr(hub._queue, "get", sleep)
+    await finished(hub, a_crew(hub))
+    kinds = [kind for (kind,) in await hub.read(disk(hub).rows, "SELECT kind FROM events ORDER BY id")]
+    assert late[0] > 10000.0 and "RolledBack" not in kinds[: kinds.index("Finished")]
+    assert kinds.count("PlanIssued") == 1
 
 
 async def test_a_stop_does_not_wait_for_the_disk_for_ever(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,3 +80,32 @@ async def test_uploads_of_two_generations_are_never_one_model(tmp_path: Path) ->
     await upload(2, 0)
     assert done == [publisher.path(3)]
     assert not list((tmp_path / "out").glob(".step-*"))
+
+
+@pytest.mark.parametrize("arrived", [1, 2])
+async def test_a_coordinator_started_again_goes_on_collecting(arrived: int, tmp_path: Path) -> None:
+    """What has arrived is not sent again; with all of it there, the model is made at once."""
+    layers, done = ((0, 1), (1, 2)), []
+
+    async def published(step: int, path: Path) -> None:
+        done.append(path)
+
+    config = RunConfig(model=msgspec.structs.replace(MODEL, layers=2))
+    first, second = (Publisher(tmp_path / "out", tmp_path, config, MANIFEST, layers, published) for _ in range(2))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    first.begin(3, 1)
+    for stage, (a, b) in enumerate(layers):
+        count = stage_parameters(a, b, 2, d_model=8, vocab_size=300)
+        first.part(3, stage).write_bytes(stage_file({f"w{stage}": tensor(0, count)}, 4 * count))
+    if arrived == 1:
+        await first.arrived(3, 0)
+    else:
+        for stage in range(2):
+            first.part(3, stage).rename(first.part(3, stage).with_suffix(""))
+    await second.resume(3, 1)
+    if arrived == 1:
+        assert not done
+        second.begin(3, 1)
+        await second.arrived(3, 1)
+    assert done == [second.path(3)] and not list((tmp_path / "out").glob(".step-*"))

@@ -28,7 +28,16 @@ def a_lease(at: int, **changes: Any) -> Lease:
 def a_commit(at: int, number: int, **changes: Any) -> Commit:
     mark = Mark(kind="round", generation=1, step=at, sample=at * 6, digests=(bytes([at]), b"\xff"))
     return Commit(
-        **{"mark": mark, "round": number, "replicas": 2, "samples": 6, "nbytes": 5, "seconds": 1.0, **changes}
+        **{
+            "mark": mark,
+            "round": number,
+            "replicas": 2,
+            "samples": 6,
+            "nbytes": 5,
+            "seconds": 1.0,
+            "degraded": False,
+            **changes,
+        }
     )
 
 
@@ -163,7 +172,7 @@ at = marks[0].step if marks else 0
 while True:
     lease = Lease(generation=1, step=at, peer="a", first=at * 6, count=6, expires=0.0)
     mark = Mark(kind="round", generation=1, step=at + 1, sample=at * 6 + 6, digests=(b"x",))
-    store.write([lease, Commit(mark=mark, round=at, replicas=1, samples=6, nbytes=0, seconds=0.0)], 0.0)
+    store.write([lease, Commit(mark=mark, round=at, replicas=1, samples=6, nbytes=0, seconds=0.0, degraded=False)], 0.0)
     at += 1
     sys.stdout.write(f"{at}\\n")
     sys.stdout.flush()

@@ -111,6 +111,34 @@ def test_sigkill_of_a_replica_and_of_the_coordinator(network: Any) -> None:
     assert network.committed_samples() == network.rows("SELECT MAX(sample) FROM rounds")[0][0] > before
 
 
+@pytest.mark.timeout(150)
+def test_a_coordinator_killed_in_mid_training_goes_on_with_the_generation(network: Any) -> None:
+    network.configure(steps=ENDLESS)
+    coordinator = network.coordinator()
+    crew = [network.worker(name) for name in ("anna", "ben", "carl")]
+    network.until(lambda s: s["round"] > 1 and s["phase"] == "training" and seated(s) == 3, 60.0)
+    for _ in range(2):
+        coordinator.kill()
+        before = network.committed_samples()
+        generation, leased = network.rows("SELECT MAX(generation), MAX(id) FROM ledger")[0]
+        coordinator = network.coordinator()
+        rounds = network.rows("SELECT MAX(round) FROM rounds")[0][0]
+        network.until(lambda s, rounds=rounds: s["round"] > rounds + 1)
+        [(first,)] = network.rows(f"SELECT changed FROM ledger WHERE id = {leased + 1}")
+        [(opened,)] = network.rows("SELECT MAX(time) FROM events WHERE kind = 'RunOpened'")
+        assert first - opened < 10.0, "the workers took too long to dial again"
+        assert network.rows(f"SELECT DISTINCT generation FROM ledger WHERE id > {leased}") == [(generation,)]
+    coordinator.interrupt()
+    assert [p.wait(30.0) for p in (coordinator, *crew)] == [0, 0, 0, 0], network.story([])
+    told = [kind for (kind,) in network.rows("SELECT kind FROM events")]
+    assert told.count("RunOpened") == 3 and told.count("PeerJoined") == 3
+    assert not {"RolledBack", "RoundRefused", "Faulted"} & set(told), network.story([])
+    assert network.rows("SELECT * FROM ledger WHERE state = 'returned'") == []
+    steps = [step for (step,) in network.rows("SELECT step FROM points WHERE train IS NOT NULL ORDER BY id")]
+    assert steps == list(range(1, len(steps) + 1)), "a loss is missing or there twice"
+    assert network.committed_samples() > before
+
+
 @pytest.mark.timeout(120)
 def test_the_demo_finishes(demo: Callable[..., Any], left_over: Callable[[Path], list[str]], tmp_path: Path) -> None:
     process = demo("--steps", "6")

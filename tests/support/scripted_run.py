@@ -38,7 +38,9 @@ RULES = Rules(
     wait_for=2,
     lease_seconds=60.0,
     patience_seconds=30.0,
+    away_seconds=0.0,  # whose line breaks is lost at once, unless a test is about that
 )
+ROLLING = replace(RULES, reroutes=False)  # as with activations.reuse: a lost replica costs its generation
 SAMPLES = 6  # of a step, with one replica of the first stage
 
 
@@ -92,11 +94,12 @@ class Run:
         """Every peer reports the round after ``at`` steps; ``odd`` changes what some say (None: nothing)."""
         commands, plan, committed = [], self.plan, self.state.committed
         since = plan.first_sample_of(at) - committed.sample
-        for peer, (stage, _) in sorted(plan.places.items()):
+        for peer, (stage, replica) in sorted(plan.places.items()):
             report: dict[str, Any] = {
                 "generation": plan.generation,
                 "step": at,
-                "samples": since // len(plan.stages[stage].replicas),
+                "samples": since * len(plan.served(stage, replica)) // plan.microbatches_per_step,
+                "attempt": plan.attempt,
                 "digest": f"{stage}@{at}".encode(),
                 "base_digest": committed.digests[stage] if committed.digests else b"start",
             }

@@ -46,7 +46,7 @@ class Crew(World):
         plan = view.plan
         match action:
             case rules_of_worker.Exit():
-                if not worker.unacked or not worker.connected:
+                if not worker.reports or not worker.connected:
                     self.end(worker)
                     self.feed(Gone(peer=worker.peer, session=worker.session))
             case rules_of_worker.TakeSeat(plan=new):

@@ -67,7 +67,12 @@ def same(one: RunState, other: RunState) -> bool:
             last_join=round(state.last_join, 6),
             leased_at={s: round(t, 6) for s, t in state.leased_at.items()},
             members={
-                p: replace(m, joined=round(m.joined, 6), last_seen=round(m.last_seen, 6))
+                p: replace(
+                    m,
+                    joined=round(m.joined, 6),
+                    last_seen=round(m.last_seen, 6),
+                    away=None if m.away is None else round(m.away, 6),
+                )
                 for p, m in state.members.items()
             },
         )

@@ -13,6 +13,7 @@ from typing import Any
 from manifests import manifest
 from simulated_disk import LEDGER, SHIFT, FailingDisk, hold, same
 
+from potluck.coordinator.resume import keep
 from potluck.coordinator.run import step, view_of
 from potluck.coordinator.service import open_run, rules_of
 from potluck.coordinator.standstill import Standstill, shifted
@@ -45,6 +46,7 @@ from potluck.protocol.config import (
 from potluck.protocol.plan import Plan, SavePoint
 from potluck.worker.control import view_from
 from potluck.worker.plan import Local, View
+from potluck.worker.reports import Reports
 
 SEEDS = 150
 FAULTY_EVENTS = 500
@@ -86,9 +88,8 @@ class Worker:
     local: Local = field(default_factory=lambda: Local(peer=""))
     view: View = field(default_factory=View)
     news: View | None = None  # sent, not yet read
-    unacked: list[pb.Up] = field(default_factory=list)
+    reports: Reports = field(default_factory=Reports)
     sent: int = 0
-    seq: int = 0
     content: Content = ()
     since: int = 0
     pending: int | None = None  # the step at which a round was captured that is not exchanged yet
@@ -99,13 +100,12 @@ class Worker:
         return {**self.disk, **(self.memory if self.alive else {})}
 
     def report(self, **body: Any) -> None:
-        self.seq += 1
-        self.unacked.append(pb.Up(seq=self.seq, **body))
+        self.reports.add(**body)
 
     def start(self, session: bytes) -> None:
         self.alive, self.connected, self.leaving, self.session = True, False, False, session
         self.memory, self.local, self.view, self.news = {}, Local(peer=self.peer), View(), None
-        self.unacked, self.sent, self.seq, self.pending = [], 0, 0, None
+        self.reports, self.sent, self.pending = Reports(), 0, None
 
     def find(self, kind: str, generation: int, at: int, layers: tuple[int, int]) -> tuple[Content, int] | None:
         for point, state in self.states.items():
@@ -124,6 +124,7 @@ class World:
         self.rng = random.Random(seed)
         self.config = a_config(self.rng)
         self.rules: Rules = replace(rules_of(self.config, MANIFEST), silence_seconds=6.0, settle_seconds=0.3)
+        self.rules = replace(self.rules, away_seconds=self.rng.choice([0.0, 1.0]))
         self.now = 1000.0
         self.store = FailingDisk(folder / "run.sqlite")
         self.store._db.execute("PRAGMA synchronous=OFF")
@@ -144,8 +145,8 @@ class World:
 
     def open(self) -> None:
         """A coordinator starts on what is on the disk: every line is new."""
-        self.state = replace(open_run(self.store, self.config, MANIFEST)[2], since=self.now)
-        self.acked, self.uploads = {}, {}
+        state = open_run(self.store, self.config, MANIFEST)[2]
+        self.state, self.acked = shifted(state, self.now - state.since), {}
         self.standing, self.backlog = None, []
         for worker in getattr(self, "workers", {}).values():
             worker.connected, worker.news = False, None
@@ -188,7 +189,8 @@ class World:
             self.open()
             return
         before = self.state
-        self.store.write([c for c in commands if not isinstance(c, Dismiss)], self.now)
+        durable = [c for c in commands if not isinstance(c, Dismiss)]
+        self.store.write([*durable, *keep(self.state, state)], self.now)
         self.state = state
         self.check(before, commands)
         if crash < 0.006:
@@ -198,7 +200,8 @@ class World:
             self.acked[session] = max(seq, self.acked.get(session, 0))
             if self.faulty and self.rng.random() < 0.03:  # the line breaks, and the acknowledgement is lost with it
                 worker.connected, worker.news = False, None
-            worker.unacked = [u for u in worker.unacked if u.seq > seq or not worker.connected]
+            if worker.connected:
+                worker.reports.acknowledged(seq)
         for command in commands:
             if isinstance(command, Dismiss):
                 for other in self.workers.values():
@@ -314,8 +317,7 @@ class World:
         if worker.connected or self.standing:  # then it waits at the door
             return
         worker.connected, worker.sent = True, 0
-        acked = self.acked.get(worker.session, 0)
-        worker.unacked = [u for u in worker.unacked if u.seq > acked]
+        worker.reports.welcomed(self.acked.get(worker.session, 0))
         self.feed(
             Joined(
                 member=Member(
@@ -330,11 +332,11 @@ class World:
 
     def deliver(self, worker: Worker) -> None:
         """The next report arrives; now and then one that was there already arrives again."""
-        waiting = [u for u in worker.unacked if u.seq > worker.sent]
+        waiting = worker.reports.after(worker.sent)
         if not (worker.alive and worker.connected):
             return
-        if self.faulty and worker.unacked and self.rng.random() < 0.1:
-            waiting = worker.unacked[:1]
+        if self.faulty and worker.reports and self.rng.random() < 0.1:
+            waiting = worker.reports.after(0)[:1]
             self.feed(Said(peer=worker.peer, report=waiting[0]))  # it was queued twice
         if waiting and worker.connected:
             worker.sent = max(worker.sent, waiting[0].seq)

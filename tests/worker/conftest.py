@@ -50,6 +50,8 @@ class MemoryLinks(Links):
 
     def follow(self, plan: Plan) -> None:
         self.plan = plan
+        if plan.lost:
+            self.mailbox.reroute(plan)
         self.mailbox.fence(plan.generation)
 
     def post(self, peer: str, frame: Frame) -> None:
@@ -61,12 +63,11 @@ class MemoryLinks(Links):
             for answer in state_frames(header, self.local.workers[peer].provide(header.generation, header.stage)):
                 self.local.workers[peer].links.post(self.peer, answer)
             return
-        address = Address(header.generation, header.kind, header.step, header.part, header.microbatch, self.peer)
         if peer in self.local.workers:
-            self.local.workers[peer].mailbox.put(address, frame)
+            self.local.workers[peer].mailbox.put(Address.of(header, self.peer), frame)
 
-    def take(self, address: Address, also: Sequence[Address] = ()) -> Frame:
-        return self.mailbox.take(address, timeout_seconds=30.0, also=also)
+    def take(self, wanted: Sequence[Address], attempt: int = 0) -> tuple[Address, Frame]:
+        return self.mailbox.take(wanted, attempt, timeout_seconds=30.0)
 
 
 class LocalWorker:
@@ -116,7 +117,7 @@ class LocalRun:
 
     def __init__(self, config: RunConfig, data: tuple[Path, Manifest], folder: Path) -> None:
         self.config, (self.folder, self.manifest), self.home = config, data, folder
-        self.rules = replace(service.rules_of(config, self.manifest), settle_seconds=0.0)
+        self.rules = replace(service.rules_of(config, self.manifest), settle_seconds=0.0, away_seconds=0.0)
         self.machine = state.RunState()
         self.workers: dict[str, LocalWorker] = {}
         self.events: list[events.Event] = []
@@ -143,7 +144,9 @@ class LocalRun:
                 if peer in self.machine.members:
                     view = view_from(run.view_of(self.rules, self.machine, peer))
                     if view != worker.views.newest[0]:
-                        if view.plan is not None and view.plan != worker.links.plan:
+                        if view.plan is not None and peer in {x.peer for x in view.plan.lost}:
+                            worker.mailbox.fence(view.plan.generation + 1)
+                        elif view.plan is not None and view.plan != worker.links.plan:
                             worker.links.follow(view.plan)
                         elif view.plan is None and worker.links.plan is not None:
                             worker.mailbox.fence(worker.links.plan.generation + 1)
@@ -171,7 +174,16 @@ class LocalRun:
         for worker in self.workers.values():
             if worker.error:
                 raise worker.error
-        assert done, "the run stands still"
+        assert done, f"the run stands still\n{self.story()}"
+
+    def story(self) -> str:
+        """Where everybody is, for a failure's message."""
+        now = self.machine
+        lines = [e.text for e in self.events]
+        lines.append(f"{now.phase}: until {now.until}, end {now.end} {now.closing}, committed {now.committed.step}")
+        lines += [f"round {at}: {', '.join(sorted(said))}" for at, said in now.rounds_done.items()]
+        lines += [f"{peer}: {worker.engine.local}" for peer, worker in self.workers.items()]
+        return "\n".join(lines)
 
     def finish(self) -> LocalRun:
         self.wait(lambda: self.machine.phase in ("finished", "stopped"))

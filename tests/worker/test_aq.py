@@ -215,7 +215,7 @@ def test_a_peer_that_misses_again_and_again_is_at_fault(watched, make_config, mo
         again(self, miss)
         if not hits:
             hits.append(miss.header.step)
-            flight = self._flights[miss.header.microbatch]
+            flight = self._flights[miss.header.step, miss.header.microbatch]
             self.wire.mailbox.put(flight.miss, miss)
 
     def forgetting(self, number):

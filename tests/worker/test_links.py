@@ -89,7 +89,8 @@ class Pair:
 
     async def arrives(self, step: int) -> Frame:
         address = Address(1, Kind.ACTIVATION, step, 0, 0, "a")
-        return await asyncio.to_thread(self.links["b"].mailbox.take, address, 10.0)
+        _, frame = await asyncio.to_thread(self.links["b"].mailbox.take, [address], 0, 10.0)
+        return frame
 
 
 async def test_a_channel_that_ended_at_rest_is_dialled_again():
@@ -122,7 +123,7 @@ def test_one_sender_cannot_fill_the_mailbox(monkeypatch):
     assert kept[0]
     assert not kept[-1]
     assert box.put(addresses[-1]._replace(sender="b"), activation(0))
-    box.take(addresses[0])
+    box.take(addresses[:1])
     assert box.put(addresses[-1], activation(0))
 
 

@@ -29,12 +29,11 @@ class Box:
         self.peer, self.boxes, self.seen = peer, boxes, seen
 
     def post(self, peer: str, frame: Frame) -> None:
-        h = frame.header
         self.seen.append(frame)
-        self.boxes[peer].put(Address(h.generation, h.kind, h.step, h.part, h.microbatch, self.peer), frame)
+        self.boxes[peer].put(Address.of(frame.header, self.peer), frame)
 
-    def take(self, address: Address, also: Sequence[Address] = ()) -> Frame:
-        return self.boxes[self.peer].take(address, timeout_seconds=20.0)
+    def take(self, wanted: Sequence[Address], attempt: int = 0) -> tuple[Address, Frame]:
+        return self.boxes[self.peer].take(wanted, attempt, timeout_seconds=20.0)
 
 
 class Crew:

@@ -1,0 +1,150 @@
+"""What a coordinator that was killed needs, when it is started again, to go on with the generation.
+
+The plan, its crew and its course are written down with whatever changes them. How far everybody is, workers tell
+again: they are waited for as if their lines had broken when it was started.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+from typing import Literal
+
+import msgspec
+from google.protobuf.message import DecodeError
+from msgspec import Struct
+
+from ..protocol import control_pb2 as pb
+from ..protocol.errors import WireError
+from ..protocol.plan import Plan
+from .state import Keep, Member, Rules, RunState
+from .store import Store
+
+
+class Peer(Struct, frozen=True, kw_only=True):
+    id: str
+    name: str
+    device: str
+    memory_gb: float
+    speed: float
+    addresses: tuple[str, ...]
+    session: str
+    leaving: bool
+
+
+class Crew(Struct, frozen=True, kw_only=True):
+    plan: str
+    peers: tuple[Peer, ...]
+
+
+class Course(Struct, frozen=True, kw_only=True):
+    phase: Literal["preparing", "training", "finishing"]
+    note: str
+    closing: Literal["", "round", "save"]
+    end: int | None
+    publish: int | None
+    evaluated: int
+    charted: int
+
+
+def keep(before: RunState, after: RunState) -> list[Keep]:
+    """What has changed of it."""
+    values: dict[str, object] = {}
+    peers, plan = peers_of(after), going_on(after)
+    if plan is not going_on(before) or peers != peers_of(before):
+        packed = plan and base64.b64encode(plan.to_proto().SerializeToString()).decode()
+        values["crew"] = msgspec.to_builtins(Crew(plan=packed, peers=peers)) if packed else None
+    course = course_of(after)
+    if course != course_of(before):
+        values["course"] = msgspec.to_builtins(course)
+    return [Keep(values=values)] if values else []
+
+
+def going_on(state: RunState) -> Plan | None:
+    return state.plan if state.phase in ("preparing", "training", "finishing") else None
+
+
+def peers_of(state: RunState) -> tuple[Peer, ...]:
+    if going_on(state) is None:
+        return ()
+    return tuple(
+        Peer(
+            id=m.peer,
+            name=m.name,
+            device=m.device,
+            memory_gb=m.memory_gb,
+            speed=m.speed,
+            addresses=m.addresses,
+            session=m.session.hex(),
+            leaving=m.leaving,
+        )
+        for m in state.members.values()
+    )
+
+
+def course_of(state: RunState) -> Course | None:
+    if going_on(state) is None:
+        return None
+    return Course(
+        phase=state.phase,  # type: ignore[arg-type]
+        note=state.note,
+        closing=state.closing,
+        end=state.end,
+        publish=state.publish,
+        evaluated=state.evaluated,
+        charted=state.charted,
+    )
+
+
+def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
+    """``state`` with the generation that was under way, if there was one.
+
+    A stop that was asked for is forgotten: who starts a run again wants it to go on.
+    """
+    try:
+        crew = msgspec.convert(store.meta("crew"), Crew | None)
+        course = msgspec.convert(store.meta("course"), Course | None)
+        if crew is None or course is None:
+            return state
+        plan = Plan.from_proto(pb.Plan.FromString(base64.b64decode(crew.plan)))
+    except (msgspec.ValidationError, WireError, DecodeError, ValueError):  # another version's
+        return state
+    if plan.generation != state.generation:
+        return state
+    now = state.since
+    leased = "SELECT COALESCE(MAX(step) + 1, ?) FROM ledger WHERE generation = ? AND state != 'returned'"
+    until = store.rows(leased, (plan.first_step, plan.generation))[0][0]
+    done = max(plan.first_step, until - rules.lease_ahead)  # by everybody: else the last steps were not leased
+    stopping = course.closing == "save"
+    return replace(
+        state,
+        phase=course.phase,
+        note=course.note,
+        members={
+            peer.id: Member(
+                peer=peer.id,
+                name=peer.name,
+                device=peer.device,
+                memory_gb=peer.memory_gb,
+                speed=peer.speed,
+                addresses=peer.addresses,
+                session=bytes.fromhex(peer.session),
+                joined=now,
+                last_seen=now,
+                leaving=peer.leaving,
+                away=now + rules.silence_seconds,
+                ready=0 if course.phase == "preparing" else plan.generation,
+                step=done,
+            )
+            for peer in crew.peers
+        },
+        plan=plan,
+        until=until,
+        end=None if stopping else course.end,
+        closing="" if stopping else course.closing,
+        publish=course.publish if course.publish is None or course.publish > state.published else None,
+        evaluated=course.evaluated,
+        charted=course.charted,
+        last_join=now,
+        leased_at={at: now + rules.lease_seconds * (1 + at - done) for at in range(done, until)},
+    )
