@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from potluck.coordinator import run
-from potluck.coordinator.events import PlanIssued
+from potluck.coordinator.events import PlanIssued, Rerouted
 from potluck.coordinator.standstill import shifted
 from potluck.coordinator.state import (
     Command,
@@ -17,6 +17,7 @@ from potluck.coordinator.state import (
     Lease,
     Mark,
     Point,
+    Relet,
     Remember,
     ReturnLeases,
     Rules,
@@ -69,6 +70,7 @@ class Row:
 
     generation: int
     step: int
+    peer: str
     mask: int
     is_committed: bool = False
 
@@ -94,6 +96,7 @@ class Watch:
         self.contents: dict[bytes, Content] = {}
         self.plans: dict[int, Plan] = {}  # durable ones
         self.drafts: dict[int, Plan] = {}  # made by the state machine, perhaps never written
+        self.committed: set[bytes] = set()  # digests of every stage's committed rounds
         self.now = self.before = Durable(0, (0, 0, 0), None)
         self.batch: Batch | None = None
         self.belief_is_old = False  # of who holds the older rounds: workers let them go without a word
@@ -116,8 +119,12 @@ class Watch:
             self.batch.steps += 1
             self.batch.is_durable &= all(isinstance(c, Dismiss) for c in commands)
         if new.plan is not state.plan and new.plan is not None:
-            hold(new.plan.generation > self.now.generation, f"generation {new.plan.generation} is used twice")
-            self.drafts[new.plan.generation] = new.plan
+            goes_on = state.plan and new.plan.generation == state.plan.generation
+            if goes_on:
+                hold(new.plan.attempt > state.plan.attempt, "a plan changed that has lost nobody")  # type: ignore[union-attr]
+            else:
+                hold(new.plan.generation > self.now.generation, f"generation {new.plan.generation} is used twice")
+                self.drafts[new.plan.generation] = new.plan
         if isinstance(what, Said):
             if what.report.seq and what.peer in state.members:
                 session = state.members[what.peer].session
@@ -138,13 +145,20 @@ class Watch:
         body = what.report.WhichOneof("body")
         if body not in FENCED:
             return
-        generation = getattr(what.report, body).generation
-        if state.plan is not None and generation == state.plan.generation and what.peer in state.plan.peers:
-            return
-        self.reach(f"a {body} of another generation")
+        message = getattr(what.report, body)
+        generation = message.generation
+        if state.plan is not None and generation == state.plan.generation:
+            fenced = what.peer not in state.plan.peers
+            late = body == "round_done" and message.attempt != state.plan.attempt
+            if not fenced and not late:
+                return
+            self.reach(f"a {body} of who is lost" if fenced else "a round_done of another attempt")
+        else:
+            self.reach(f"a {body} of another generation")
         other, ordered = run.step(rules, state, Said(peer=what.peer, report=BEAT), now)
         if what.peer in other.members and what.peer in state.members:
-            was = replace(other.members[what.peer], state=state.members[what.peer].state)
+            before = state.members[what.peer]
+            was = replace(other.members[what.peer], state=before.state, idle=before.idle)
             other = replace(other, members={**other.members, what.peer: was})
         hold(new == other, f"a {body} of generation {generation} changed the state")
         hold(commands == ordered, f"a {body} of generation {generation} had consequences: {commands[:3]}")
@@ -172,6 +186,8 @@ class Watch:
                 case Lease():
                     self._leased(command)
                     touched = True
+                case Relet():
+                    self._relet(command)
                 case ReturnLeases():
                     self.rows = [r for r in self.rows if r.is_committed]
                 case Commit(mark=mark):
@@ -187,6 +203,10 @@ class Watch:
                 case Remember(generation=generation, stop=stop):
                     hold(generation >= now.generation, f"generation {generation} follows {now.generation}")
                     now = Durable(generation, now.committed, (stop.generation, stop.step) if stop else None)
+                case Journal(event=Rerouted(generation=generation, peer=peer, since=since, void=void)):
+                    self.plans[generation] = self.plans[generation].without(peer, since, void)
+                    if self.plans[generation].attempt > 1:
+                        self.reach("a generation loses a second one")
                 case Journal(event=PlanIssued(generation=generation)) if generation in self.drafts:
                     hold(generation not in self.plans, f"generation {generation} is planned twice")
                     self.plans[generation] = plan = self.drafts.pop(generation)
@@ -205,6 +225,8 @@ class Watch:
             live = 0
             for row in self.rows:
                 live |= row.mask
+                if not row.is_committed and row.generation == self.now.generation and row.generation in self.plans:
+                    hold(row.peer in self.plans[row.generation].peers, f"{row.peer} holds leases, and is lost")
             hold(live & (live + 1) == 0, "samples are skipped: neither leased nor committed")
 
     def _donors(self, plan: Plan) -> None:
@@ -219,6 +241,15 @@ class Watch:
                     found = worker.points.find(*name)
                     hold(found is not None, f"{donor.peer} is a donor of what it does not hold")
 
+    def _relet(self, relet: Relet) -> None:
+        """A lost one's leases have new holders: all of them, and living ones."""
+        for i, row in enumerate(self.rows):
+            if row.is_committed or row.generation != relet.generation or row.peer != relet.peer:
+                continue
+            first = (row.mask & -row.mask).bit_length() - 1
+            hold(first in relet.holders, f"{relet.peer} is lost, and keeps samples from {first}")
+            self.rows[i] = replace(row, peer=relet.holders[first])
+
     def _leased(self, lease: Lease) -> None:
         mask = ((1 << lease.count) - 1) << lease.first
         for row in self.rows:
@@ -229,7 +260,7 @@ class Watch:
         slowest = min((local.step for local in seen if local.generation == lease.generation), default=lease.step)
         most = slowest + self.world.rules.lease_ahead
         hold(lease.step < most, f"step {lease.step} is leased, but somebody has done {slowest} only")
-        self.rows.append(Row(lease.generation, lease.step, mask))
+        self.rows.append(Row(lease.generation, lease.step, lease.peer, mask))
         until = self.leased_until.get(lease.generation, 0)
         self.leased_until[lease.generation] = max(until, lease.step + 1)
 
@@ -241,15 +272,17 @@ class Watch:
                 done |= row.mask
         hold(done == (1 << mark.sample) - 1, f"step {mark.step}: the committed samples are not [0, {mark.sample})")
         plan = self.plans[mark.generation]
+        self.committed |= set(mark.digests)
         for stage, digest in enumerate(mark.digests):
             content = self.contents.get(digest)
             hold(content, f"step {mark.step}: nobody ever made what stage {stage} commits")
             assert content
             wrong = "" if content.counters == once(mark.sample) else spell(content.counters, mark.sample)
             hold(not wrong, f"step {mark.step}, stage {stage}: {wrong}")
-            for replica in plan.stages[stage].replicas:
+            for replica in plan.replicas[stage]:
                 worker = self.world.machines[replica.peer].worker
-                if worker and worker.process.alive and worker.engine.local.generation == plan.generation:
+                local = worker.engine.local if worker else None
+                if worker and local and worker.process.alive and local.generation == plan.generation:
                     point = mark.savepoint(stage, self.world.rules.layers[stage])
                     held = worker.points.memory.get(point)
                     what = f"step {mark.step}: {replica.peer} of stage {stage} does not hold what is committed"
@@ -287,7 +320,10 @@ class Watch:
         view = message.view
         if view.HasField("plan"):
             generation = view.plan.generation
+            attempt = len(view.plan.lost)
             hold(generation in self.plans, f"{line.peer} is sent plan {generation}, which is not on the disk")
+            known = self.plans[generation].attempt
+            hold(attempt <= known, f"{line.peer} is sent attempt {attempt} of plan {generation}, on the disk is {known}")
             if view.until > view.plan.first_step:
                 leased = self.leased_until.get(generation, 0)
                 hold(view.until <= leased, f"{line.peer} is given steps to {view.until}, leased are those to {leased}")
@@ -304,7 +340,10 @@ class Watch:
     def ledger(self, store: Store) -> None:
         """The file says what was written."""
         masks = {"leased": 0, "committed": 0}
-        for first, count, what in store.rows("SELECT first, count, state FROM ledger WHERE state != 'returned'"):
+        holders = {(row.mask & -row.mask).bit_length() - 1: row.peer for row in self.rows}
+        found = store.rows("SELECT first, count, state, peer FROM ledger WHERE state != 'returned'")
+        for first, count, what, peer in found:
+            hold(holders.get(first) == peer, f"the file says that {peer} has the samples from {first}")
             mask = ((1 << count) - 1) << first
             hold(not masks[what] & mask, f"the file has samples from {first} twice")
             masks[what] |= mask
@@ -320,6 +359,10 @@ class Watch:
         hold(not report.problems, "\n".join(report.lines()))
         hold(report.samples == self.now.committed[2], f"{report.samples} samples verified, {self.now} committed")
 
+    def applied(self, peer: str, content: Content) -> None:
+        """Somebody goes on from a round."""
+        hold(content.name in self.committed, f"{peer} applies a round that is not committed")
+
     def made(self, content: Content) -> None:
         self.contents[content.name] = content
 
@@ -332,9 +375,22 @@ def same(one: RunState, other: RunState) -> bool:
             state,
             since=round(state.since, 4),
             last_join=round(state.last_join, 4),
+            held=state.held and round(state.held, 4),
+            barred={p: replace(bar, until=round(bar.until, 4)) for p, bar in state.barred.items()},
+            pace=replace(
+                state.pace,
+                since=round(state.pace.since, 4),
+                mean_seconds=round(state.pace.mean_seconds, 4),
+                deviation_seconds=round(state.pace.deviation_seconds, 4),
+            ),
             leased_at={s: round(t, 4) for s, t in state.leased_at.items()},
             members={
-                p: replace(m, joined=round(m.joined, 4), last_seen=round(m.last_seen, 4))
+                p: replace(
+                    m,
+                    joined=round(m.joined, 4),
+                    last_seen=round(m.last_seen, 4),
+                    away=m.away and round(m.away, 4),
+                )
                 for p, m in state.members.items()
             },
         )

@@ -50,7 +50,6 @@ def patched(world: World) -> Iterator[None]:
     with ExitStack() as stack:
         for module, name, value in (
             (hub_module, "asyncio", loop),
-            (hub_module, "time", clock),
             (hub_module, "ThreadPoolExecutor", lambda *_, **__: None),
             (hub_module, "step", world.watch.step),
             (hub_module, "view_of", views.of),
@@ -98,7 +97,10 @@ class SimLine(Line):
 
 
 class NoBoard:
-    """No page."""
+    """No page; the run's clock, which the wall's can set no more."""
+
+    def __init__(self, kernel: Kernel, began: float) -> None:
+        self.clock = lambda: began + kernel.now
 
     def heard(self, _: object) -> SimpleNamespace:
         return SimpleNamespace(statements=[])
@@ -110,7 +112,8 @@ class SimHub(Hub):
     """The real hub; its store's thread takes virtual time before and after each commit."""
 
     def __init__(self, rules: Rules, state: RunState, store: SimStore, machine: Coordinator) -> None:
-        super().__init__(rules, state, store, NoBoard())  # type: ignore[arg-type]
+        board = NoBoard(machine.kernel, machine.wall() - machine.kernel.now)
+        super().__init__(rules, state, store, board)  # type: ignore[arg-type]
         self.machine = machine
 
     async def _take(self, batch: list[Item], now: float) -> None:
@@ -177,7 +180,9 @@ class Coordinator:
         try:
             store = SimStore(self.disk, world.watch)
             _, _, state = service.open_run(store, world.config, world.manifest)
-            store.write([Journal(event=RunOpened(name=world.config.name, step=state.committed.step))], self.wall())
+            going_on = state.plan.generation if state.plan else 0
+            opened = RunOpened(name=world.config.name, step=state.committed.step, generation=going_on)
+            store.write([Journal(event=opened)], self.wall())
         except StateError as error:
             world.trace("coordinator", f"cannot start: {error}")
             if store:
@@ -186,10 +191,13 @@ class Coordinator:
             self.kernel.later(self.rng.uniform(2, 10), self.start)
             return
         world.watch.opened(state, store)
-        world.trace("coordinator", f"starts at step {state.committed.step}, generation {state.generation}")
+        world.trace("coordinator", f"starts at step {state.committed.step}, generation {state.generation}, {state.phase}")
         self.starts += 1
         self.hub = SimHub(world.rules, state, store, self)
-        self._arrived, self._collecting = set(), (-1, -1)
+        if state.plan and state.publish is not None:  # as Publisher.resume
+            if self._collecting != (state.publish, state.plan.generation):
+                self._collecting, self._arrived = (state.publish, state.plan.generation), set()
+            self._assemble(state.publish)
         self.kernel.spawn(self.hub._work(), self.process)
         self.kernel.spawn(self.hub._ticks(), self.process)
         self.kernel.spawn(self._until_over(self.hub), self.process)
@@ -277,11 +285,14 @@ class Coordinator:
         if self._collecting != (step, plan.generation) or state.plan.generation != plan.generation:
             return False
         self._arrived.add(stage)
+        self._assemble(step)
+        return True
+
+    def _assemble(self, step: int) -> None:
         if len(self._arrived) == len(self.world.rules.layers):
-            self._arrived = set()
+            assert self.hub
             folder = self.disk.path.parent / "checkpoints" / f"step-{step:08d}"
             folder.mkdir(parents=True, exist_ok=True)
             self.hub.put(Uploaded(step=step, path=str(folder)))
-        return True
 
 

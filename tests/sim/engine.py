@@ -1,340 +1,364 @@
-"""What a worker computes, by the real rules on real views (``next_action``); training is replaced by counters."""
+"""What a worker computes: the real engine and pipeline, in which tensors and weights are counters of samples."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
-from potluck.protocol import control_pb2 as pb
-from potluck.protocol.plan import Plan, SavePoint
-from potluck.protocol.schedule import is_applied, is_round
-from potluck.worker import plan as rules
-from potluck.worker.plan import Local, View, next_action
+from potluck.protocol.errors import UnreachableError
+from potluck.protocol.frames import Kind
+from potluck.protocol.plan import SavePoint
+from potluck.worker import engine as engine_module
+from potluck.worker import pipeline as pipeline_module
+from potluck.worker.boundary import EVAL, TRAIN, Seat
+from potluck.worker.engine import Engine
+from potluck.worker.outside import EngineConfig
+from potluck.worker.plan import View
+from potluck.worker.sync import Synchronizer
 
-from .crew import Meeting
-from .kernel import Task, sleep
-from .weights import Content, State
+from . import fiber
+from .checks import hold
+from .links import Frame, Header, fetch_state
+from .weights import Content, Counters, State, samples
 
 if TYPE_CHECKING:
     from .worker import Worker
+    from .world import World
 
-GIVE_UP_SECONDS = 10.0  # a path to a peer that stays broken for so long is a fault
-PUBLISH_PAUSE_SECONDS = 0.5
-
-
-class FencedError(Exception):
-    """The generation is over: look at the view again."""
+LAYERS_SIZE = 256  # weights that a stage says it has
+OWNERS = 2  # of shards, at most
 
 
-class FaultError(Exception):
-    """All go back to the last committed round; ``holder`` has not what it should."""
+class Vector:
+    """A flat vector of weights: how often each sample is in it, and, of a reference, the name of how it was made."""
 
-    def __init__(self, text: str, holder: str = "") -> None:
-        super().__init__(text)
-        self.holder = holder
+    def __init__(self, counters: Counters = 0, name: bytes = b"") -> None:
+        self.counters, self.name = counters, name
 
+    def clone(self) -> Vector:
+        return Vector(self.counters, self.name)
 
-class Engine:
-    """The computing thread of one worker, and its rounds' thread."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker, self.world, self.kernel = worker, worker.world, worker.kernel
-        self.peer = worker.peer
-        self.local = Local(peer=self.peer)
-        self.doing = "loading"
-        self.plan: Plan | None = None
-        self.stage = 0
-        self.content = Content()  # g
-        self.delta = 0  # x beyond g and beyond what a round on its way has captured
-        self.since = 0  # samples since the last capture
-        self.captured = 0
-        self.round: Task | None = None
-        self.outcome: State | FaultError | None = None
-        self._committed = self._count = 0
+    def copy_(self, other: Vector) -> None:
+        self.counters, self.name = other.counters, other.name
 
     @property
-    def layers(self) -> tuple[int, int]:
-        return self.world.rules.layers[self.stage]
+    def content(self) -> Content:
+        return Content(self.counters, self.name)
 
-    async def run(self) -> None:
-        worker, world = self.worker, self.world
-        while True:
-            view, version = worker.view, worker.version
-            self._note_committed(view)
-            action = next_action(view, self.local, world.config)
-            if action is None:
-                if worker.version == version:
-                    await worker.bell.wait()
-                continue
-            if isinstance(action, rules.Exit):
-                await self._leave(view)
-                return
-            try:
-                await self._do(action, view)
-                if world.faulty and self.worker.machine.hang_until > self.kernel.now:
-                    await sleep(self.worker.machine.hang_until - self.kernel.now)
-            except FencedError:
-                await self._wait_for_newer(version)
-            except FaultError as error:
-                world.trace(self.peer, f"fault: {error}")
-                worker.report(fault=pb.Fault(generation=self.local.generation, text=str(error), peer=error.holder))
-                await self._wait_for_newer(version)
 
-    async def _wait_for_newer(self, version: int) -> None:
-        while self.worker.version == version:
-            await self.worker.bell.wait()
+class Tensor:
+    """Hidden states, a loss or a gradient of some samples; knows the stage that made it, and from what."""
 
-    async def _do(self, action: rules.Action, view: View) -> None:
-        match action:
-            case rules.TakeSeat(plan=plan):
-                await self._take_seat(plan)
-            case rules.Evaluate(position=position):
-                if position == self.world.config.steps or (view.closing and position == view.end):
-                    await self._finish_round()
-                await self._evaluate(position)
-            case rules.Train(step=step):
-                await self._train(step)
-            case rules.CloseRound(step=step):
-                await self._finish_round()
-                if self.local.round < step:
-                    self._begin_round(step)
-                    await self._finish_round()
-            case rules.Save(step=step):
-                await self._save(step, view)
-            case rules.Publish(step=step):
-                await self._publish(step)
+    def __init__(self, counters: Counters, count: int, stage: SimStage | None = None, source: Tensor | None = None) -> None:
+        self.counters, self.count, self.stage, self.source = counters, count, stage, source
+        self.grad: Tensor | None = None
 
-    # A generation begins.
+    def to(self, _: object) -> Tensor:
+        return self
 
-    async def _take_seat(self, plan: Plan) -> None:
-        self.doing = "loading"
-        self._drop_round()
-        self.worker.points.drop_after(plan.first_step)
-        self.plan = plan
-        if self.peer not in plan.places:
-            self.local = replace(self.local, generation=plan.generation, seated=False)
-            return
-        self.stage, _ = plan.places[self.peer]
-        await sleep(self.worker.rng.uniform(0.05, 0.5))
-        try:
-            state = await self._origin(plan)
-        except FaultError as error:
-            self.local = replace(self.local, generation=plan.generation, seated=False)
-            self.worker.report(fault=pb.Fault(generation=plan.generation, text=str(error), peer=error.holder))
-            return
-        self.worker.points.keep(state)
-        self.content, self.delta, self.since = state.content, state.delta, state.pending
-        by_round = plan.origin != "step"
-        self.captured = plan.first_step if by_round else -1
-        self.local = Local(
-            peer=self.peer,
-            generation=plan.generation,
-            seated=True,
-            step=plan.first_step,
-            round=plan.first_step if by_round else 0,
+    def detach(self) -> Tensor:
+        return self
+
+    def requires_grad_(self) -> Tensor:
+        return self
+
+    def __float__(self) -> float:
+        return 1.0 * self.count
+
+    def backward(self, gradient: Tensor | None = None) -> None:
+        assert self.stage and self.source
+        hold(gradient is None or gradient.counters == self.counters, "a gradient of other samples")
+        self.stage.worker.compute(1.0)
+        self.stage.grad += self.counters
+        self.source.grad = Tensor(self.counters, self.count)
+
+
+class Targets:
+    """One for each sample."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def to(self, _: object) -> Targets:
+        return self
+
+    def __ge__(self, _: int) -> Targets:
+        return self
+
+    def sum(self) -> int:
+        return self.count
+
+
+class SimStage:
+    """As :class:`potluck.worker.stage.Stage`."""
+
+    device, size = "cpu", LAYERS_SIZE
+
+    def __init__(self, worker: Worker, first: int, last: int) -> None:
+        self.worker, self.first, self.last = worker, first, last
+        number = worker.world.rules.layers.index((first, last))
+        self.g = Vector(0, b"init-%d" % number)
+        self.x = Vector()
+        self.grad: Counters = 0
+        self.module = Module(self)
+
+    def update(self, targets: int) -> None:
+        self.x.counters += self.grad
+        self.grad = 0
+
+    def state(self, point: SavePoint, *, pending: int = 0) -> State:
+        return State(point=point, content=self.g.content, delta=self.x.counters - self.g.counters, pending=pending)
+
+    def load(self, state: State) -> None:
+        self.g = Vector(state.content.counters, state.content.name)
+        self.x = Vector(state.content.counters + state.delta)
+        self.grad = 0
+
+    def named(self, _: object) -> dict[str, Any]:
+        return {}
+
+
+class Module:
+    def __init__(self, stage: SimStage) -> None:
+        self._stage = stage
+
+    def __call__(self, source: Tensor) -> Tensor:
+        self._stage.worker.compute(0.0)
+        return Tensor(source.counters, source.count, self._stage, source)
+
+    def loss_sum(self, output: Tensor, _: Targets) -> Tensor:
+        return output
+
+
+class SimData:
+    """As :class:`potluck.worker.data.Dataset`."""
+
+    manifest = SimpleNamespace(n_heldout=8)
+
+    def __init__(self, _: object) -> None: ...
+
+    def batch(self, indices: range, seed: int) -> tuple[Tensor, Targets]:
+        return Tensor(samples(indices), len(indices)), Targets(len(indices))
+
+    def heldout_batch(self, indices: Sequence[int]) -> tuple[Tensor, Targets]:
+        return Tensor(0, len(indices)), Targets(len(indices))
+
+
+class SimBoundary:
+    """As :class:`potluck.worker.boundary.Boundary`, without codecs."""
+
+    memory = None
+
+    def __init__(self, config: Any, seat: Seat, *_: object) -> None:
+        self.config, self.seat = config, seat
+
+    def activation(
+        self, step: int, part: int, m: int, hidden: Tensor, targets: Targets, attempt: int = 0
+    ) -> tuple[Frame, bool]:
+        return self._frame(Kind.ACTIVATION, step, m, hidden, part), False
+
+    def gradient(self, step: int, m: int, gradient: Tensor) -> Frame:
+        return self._frame(Kind.GRADIENT, step, m, gradient)
+
+    def received(self, frame: Frame, attempt: int = 0) -> tuple[Tensor, Targets]:
+        counters, count = frame.payload
+        step, m = frame.header.step, frame.header.microbatch
+        right = frame.header.part == EVAL or counters == samples(self.seat.plan.samples(step, m))
+        hold(right, f"microbatch {m} of step {step} has other samples")
+        return Tensor(counters, count), Targets(count)
+
+    def received_gradient(self, frame: Frame) -> Tensor:
+        return Tensor(*frame.payload)
+
+    def _frame(self, kind: Kind, step: int, m: int, tensor: Tensor, part: int = TRAIN) -> Frame:
+        header = Header(kind=kind, generation=self.seat.plan.generation, step=step, microbatch=m, part=part)
+        return Frame(header, (tensor.counters, tensor.count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    state: State
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    state: State
+    shift: Counters
+    base_digest: bytes
+    samples: int
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+class SimSynchronizer(Synchronizer):
+    """The real rules; instead of shards of weights, whole counters go to a few owners and come back from them."""
+
+    def __init__(self, config: Any, seat: Seat, stage: Any, state: object, wire: Any) -> None:
+        super().__init__(config, seat, stage, None, wire)
+        self.worker: Worker = stage.worker
+
+    def owing(self, state: Any) -> Any:
+        return state
+
+    def capture(  # type: ignore[override]
+        self, stage: Any, steps_done: int, samples: int, fragments: Iterable[int], *, full: bool = False
+    ) -> Capture:
+        point = SavePoint(
+            kind="round",
+            generation=self.seat.plan.generation,
+            step=steps_done,
+            first_layer=stage.first,
+            last_layer=stage.last,
         )
-        self.worker.report(ready=pb.Ready(generation=plan.generation, digest=self.content.name))
-        self.doing = "training"
+        return Capture(state=stage.state(point), samples=samples)
 
-    async def _origin(self, plan: Plan) -> State:
-        """The state a plan starts from: our own, or a donor's."""
-        kind, generation, step = plan.origin, plan.origin_generation, plan.first_step
-        if kind == "init":
-            return State(point=self._point("round", 0, 0), content=Content(0, b"init-%d" % self.stage))
-        donors = [d.peer for d in plan.stages[self.stage].donors]
-        if self.peer in donors:
-            state = self.worker.points.find(kind, generation, step, self.layers)
-            if state is None:
-                raise FaultError(f"our own state of step {step} is damaged or gone", self.peer)
-            return state
-        for donor in donors:
-            asked = self.kernel.now
-            while (found := self.world.crew.fetch(self.peer, donor, plan, self.stage)) is None:
-                await self.worker.bell.wait(0.5)
-                self._fenced(plan)
-                if self.kernel.now - asked > GIVE_UP_SECONDS:
-                    self._give_up(plan, donor)
-            if isinstance(found, State):
-                await sleep(self.worker.rng.uniform(0.1, 2.0) * self.world.net.slow.get(self.peer, 1.0))
-                self._fenced(plan)
-                return found
-        raise FaultError(f"the state of step {step} cannot be had", donors[0])
-
-    # Steps and rounds.
-
-    async def _train(self, step: int) -> None:
-        plan, world = self.plan, self.world
-        assert plan
-        self.doing = "training"
-        await sleep(world.step_seconds * self.worker.rng.uniform(0.5, 1.5) / self.worker.machine.speed)
-        await self._meet(plan, ("train", step), None, plan.places, world.crew.neighbours(plan))
-        counters, count = world.crew.lanes(plan).of(self.peer, step)
-        self.delta += counters
-        self.since += count
-        done = step + 1
-        self.local = replace(self.local, step=done)
-        self.worker.report(
-            step_done=pb.StepDone(
-                generation=self.local.generation, step=step, samples=count, loss_sum=1.0 * count, targets=count
-            )
-        )
-        sync, seed = world.rules.sync, world.rules.seed
-        if isinstance(self.outcome, FaultError) or is_applied(sync, seed, self.captured, done):
-            await self._finish_round()
-        if is_round(sync, seed, step):
-            self._begin_round(done)
-            if sync.delay == 0:
-                await self._finish_round()
-
-    def _begin_round(self, done: int) -> None:
-        """Captures a round, which runs beside the next steps."""
-        assert self.plan and self.round is None
-        captured, self.delta = self.delta, 0
-        count, self.since = self.since, 0
-        self.captured = done
-        self.local = replace(self.local, round=done)
-        self.round = self.kernel.spawn(self._exchange(self.plan, done, self.content, captured, count), self.worker.process)
-
-    async def _exchange(self, plan: Plan, done: int, base: Content, captured: int, count: int) -> None:
-        stage, world = plan.stages[self.stage], self.world
-        peers = [r.peer for r in stage.replicas]
-        await sleep(world.step_seconds * self.worker.rng.uniform(0.05, 1.0))
-        partners = {p: [o for o in peers if o != p] for p in peers}
-        try:
-            meeting = await self._meet(plan, ("round", self.stage, done), captured, peers, partners)
-        except FencedError:
-            return
-        content = base.trained(plan.generation, done, meeting.came)
-        state = State(point=self._point("round", plan.generation, done, content), content=content)
+    def exchange(self, capture: Any) -> Outcome:  # type: ignore[override]
+        me, world, before, (piece,) = self.seat.replica, self.worker.world, capture.state, self.pieces[0]
+        step = before.point.step
+        fiber.sleep(world.step_seconds * self.worker.rng.uniform(0.0, 0.3))
+        owners = range(min(len(self.peers), OWNERS))
+        brought = {self.peers[me]: before.delta}
+        for j in owners:
+            if j != me:
+                self._say(j, Kind.SHARD, step, (before.delta,), capture.samples)
+        if me in owners:
+            for i in range(len(self.peers)):
+                if i != me:
+                    frame: Any = self._take(Kind.SHARD, step, piece, i)
+                    self._weight(frame, i, step)
+                    brought[self.peers[i]] = frame.payload[0]
+            for i in range(len(self.peers)):
+                if i != me:
+                    self._say(i, Kind.MEAN, step, (brought,))
+        means = [brought if j == me else self._take(Kind.MEAN, step, piece, j).payload[0] for j in owners]
+        hold(all(mean == means[0] for mean in means), "owners of one round heard of different replicas")
+        self.counted_from = step
+        content = before.content.trained(self.seat.plan.generation, step, means[0])
+        point = SavePoint(**{**_fields(before.point), "digest": content.name})
         world.watch.made(content)
-        self.worker.points.keep(state)
-        self.worker.report(
-            round_done=pb.RoundDone(
-                generation=plan.generation, step=done, samples=count, digest=content.name, base_digest=base.name
-            )
+        return Outcome(
+            state=State(point=point, content=content),
+            shift=content.counters - before.content.counters - before.delta,
+            base_digest=before.content.name,
+            samples=capture.samples,
         )
-        self.outcome = state
-        self.worker.bell.ring()
 
-    async def _finish_round(self) -> None:
-        """Waits for the round on its way, if there is one, and applies it."""
-        while self.round is not None and self.outcome is None:
-            assert self.plan
-            self._fenced(self.plan)
-            await self.worker.bell.wait()
-        outcome, self.round, self.outcome = self.outcome, None, None
-        if isinstance(outcome, FaultError):
-            raise outcome
-        if outcome is not None:
-            self.content = outcome.content
-
-    def _drop_round(self) -> None:
-        if self.round:
-            self.round.cancel()
-        self.round = self.outcome = None
-
-    async def _evaluate(self, position: int) -> None:
-        plan = self.plan
-        assert plan
-        await sleep(self.world.step_seconds * 0.3 * self.worker.rng.random())
-        await self._meet(plan, ("eval", position), None, plan.places, self.world.crew.neighbours(plan))
-        self.local = replace(self.local, evaluated=position)
-        if self.stage == len(plan.stages) - 1:
-            done = pb.EvalDone(generation=self.local.generation, step=position, loss_sum=1.0, targets=1)
-            self.worker.report(eval_done=done)
-
-    # Together with others.
-
-    async def _meet(
-        self, plan: Plan, what: tuple[object, ...], brings: object, needed: object, partners: dict[str, list[str]]
-    ) -> Meeting:
-        """Until everybody is there; ``FencedError`` if the generation ends meanwhile."""
-        self._fenced(plan)
-        key = (plan.generation, *what)
-        meeting = self.world.crew.come(key, self.peer, brings, needed, partners)  # type: ignore[arg-type]
-        gave_up = False
-        while not (meeting.over and meeting.over[self.peer] <= self.kernel.now):
-            await self.worker.bell.wait(GIVE_UP_SECONDS)
-            self._fenced(plan)
-            if not meeting.over and not gave_up:
-                gave_up = any(self._give_up(plan, other) for other in partners[self.peer])
-        return meeting
-
-    def _fenced(self, plan: Plan) -> None:
-        if plan.generation < self.worker.fence:
-            raise FencedError
-
-    def _give_up(self, plan: Plan, other: str) -> bool:
-        """Says that a path has been broken for too long."""
-        since = self.world.crew.unreachable_since(self.peer, other)
-        if since is None or self.kernel.now - since < GIVE_UP_SECONDS:
-            return False
-        self.worker.report(fault=pb.Fault(generation=plan.generation, text="no path", peer=other))
-        return True
-
-    # Ends.
-
-    def _note_committed(self, view: View) -> None:
-        """Older rounds are let go; of the committed ones, one in ``save_rounds`` goes to disk."""
-        if view.committed == self._committed:
-            return
-        self._committed = view.committed
-        self.worker.points.forget(view.committed, view.publish)
-        self._count += 1
-        if self._count % self.world.config.checkpoint.save_rounds == 0 and (state := self._committed_state(view)):
-            self.kernel.spawn(self._save_round(state), self.worker.process)
-
-    def _committed_state(self, view: View) -> State | None:
-        points = self.worker.points.points()
-        made = [p.generation for p in points if p.kind == "round" and p.step == view.committed]
-        return self.worker.points.find("round", max(made), view.committed, self.layers) if made else None
-
-    async def _save_round(self, state: State) -> None:
-        await sleep(self.worker.rng.uniform(0.01, 1.0))
-        self.worker.points.save(state)
-
-    async def _save(self, step: int, view: View) -> None:
-        """A stop: the last committed round and the very state of now, both to disk."""
-        self.doing = "saving"
-        await self._finish_round()
-        if state := self._committed_state(view):
-            await self._save_round(state)
-        await sleep(self.worker.rng.uniform(0.01, 1.0))
-        point = self._point("step", self.local.generation, step, self.content)
-        self.worker.points.save(State(point=point, content=self.content, delta=self.delta, pending=self.since))
-        self.local = replace(self.local, saved=step)
-        self.worker.report(saved=pb.Saved(generation=self.local.generation, savepoint=point.to_proto()))
-
-    async def _publish(self, step: int) -> None:
-        points = self.worker.points
-        made = [p.generation for p in points.points() if p.kind == "round" and p.step == step]
-        if not made or points.find("round", made[-1], step, self.layers) is None:
-            raise FaultError(f"the round of step {step} is not here any more")
-        coordinator, plan = self.world.coordinator, self.plan
-        assert plan
-        if not coordinator.upload(self.peer, step, self.stage):
-            await sleep(PUBLISH_PAUSE_SECONDS)
-            return
-        await sleep(self.worker.rng.uniform(0.1, 3.0) * self.world.net.slow.get(self.peer, 1.0))
-        if not coordinator.upload(self.peer, step, self.stage, plan):
-            await sleep(PUBLISH_PAUSE_SECONDS)
-            return
-        self.local = replace(self.local, published=step)
-
-    async def _leave(self, view: View) -> None:
-        self.doing = "leaving"
-        self._drop_round()
-        if view.phase != "finished" and self.plan and (state := self._committed_state(view)):
-            await self._save_round(state)
-        await self.worker.close()
-
-    def _point(self, kind: str, generation: int, step: int, content: Content | None = None) -> SavePoint:
-        first, last = self.layers
-        return SavePoint(
-            kind="round" if kind == "round" else "step",
-            generation=generation,
+    def _say(self, to: int, kind: Kind, step: int, what: tuple[Any, ...], count: int = 0) -> None:
+        plan = self.seat.plan
+        header = Header(
+            kind=kind,
+            generation=plan.generation,
             step=step,
-            first_layer=first,
-            last_layer=last,
-            digest=content.name if content else b"",
+            microbatch=self.seat.replica,
+            attempt=plan.attempt,
+            targets=count,
         )
+        self.wire.post(self.peers[to], Frame(header, what))  # type: ignore[arg-type]
+
+
+def _fields(point: SavePoint) -> dict[str, Any]:
+    return {name: getattr(point, name) for name in ("kind", "generation", "step", "first_layer", "last_layer")}
+
+
+def apply(stage: Any, outcome: Outcome, *, late: bool) -> None:
+    """Puts a round into the weights; it must be a committed one."""
+    content = outcome.state.content
+    stage.worker.world.watch.applied(stage.worker.peer, content)
+    stage.x.counters = stage.x.counters + outcome.shift if late else content.counters
+    stage.g = Vector(content.counters, content.name)
+
+
+class Views:
+    """As those of outside.py."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._bell = worker.bell
+        self.newest: tuple[View, int] = (View(), 0)
+        self.closed = self.idle = False
+
+    def put(self, view: View) -> None:
+        self.newest = (view, self.newest[1] + 1)
+        self._bell.ring()
+
+    def wait(self, seen: int) -> None:
+        self.idle = True
+        fiber.wait(self._bell, lambda: self.closed or self.newest[1] != seen)
+        self.idle = False
+
+
+class Headquarters:
+    """As the coordinator of session.py."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.state = "loading"
+
+    def report(self, **body: object) -> None:
+        self._worker.report(**body)
+
+    def counterfactual(self, dense_nbytes: int) -> None: ...
+
+    def corpus(self) -> Path:
+        return Path()
+
+    def publish(self, step: int, stage: int, data: bytes) -> None:
+        worker = self._worker
+        coordinator, plan = worker.world.coordinator, worker.links.plan
+        if plan is None or not coordinator.upload(worker.peer, step, stage):
+            raise UnreachableError("the upload was refused")
+        fiber.sleep(worker.rng.uniform(0.1, 3.0) * worker.world.net.slow.get(worker.peer, 1.0))
+        if not coordinator.upload(worker.peer, step, stage, plan):
+            raise UnreachableError("the upload broke")
+
+
+class SimEngine(Engine):
+    """The real one."""
+
+    def __init__(self, worker: Worker) -> None:
+        world = worker.world
+        config = EngineConfig(run=world.config, manifest=world.manifest, run_name=b"a run 00", peer=worker.peer)
+        links: Any = worker.links
+        super().__init__(config, worker.views, links, worker.mailbox, worker.points, Headquarters(worker))  # type: ignore[arg-type]
+        self.worker = worker
+        self._rounds = fiber.Executor(worker.kernel, worker.process, worker.bell)  # type: ignore[assignment]
+
+    def _build(self, layers: tuple[int, int]) -> Any:
+        return SimStage(self.worker, *layers)
+
+    def _take_seat(self, plan: Any, view: View) -> None:
+        fiber.sleep(self.worker.rng.uniform(0.05, 0.5))
+        super()._take_seat(plan, view)
+
+    def _save_round(self, state: Any) -> None:
+        fiber.sleep(self.worker.rng.uniform(0.01, 1.0))
+        super()._save_round(state)
+
+
+def from_bytes(data: State, point: SavePoint, size: int) -> State:
+    return data
+
+
+@contextmanager
+def patched(world: World) -> Iterator[None]:
+    """Engines compute with counters while this is open."""
+    clock = SimpleNamespace(perf_counter=lambda: world.kernel.now, sleep=fiber.sleep)
+    with ExitStack() as stack:
+        for module, name, value in (
+            (engine_module, "Boundary", SimBoundary),
+            (engine_module, "Dataset", SimData),
+            (engine_module, "Synchronizer", SimSynchronizer),
+            (engine_module, "apply", apply),
+            (engine_module, "digest", lambda vector: vector.name),
+            (engine_module, "fetch_state", fetch_state),
+            (engine_module, "from_bytes", from_bytes),
+            (engine_module, "time", clock),
+            (pipeline_module, "time", clock),
+        ):
+            stack.enter_context(patch.object(module, name, value))
+        yield

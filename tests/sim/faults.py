@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .kernel import Process, sleep
 from .net import COORDINATOR
@@ -44,6 +44,7 @@ class Faults:
             "slow disk": (20, self.slow_disk),
             "clock": (15, self.clock),
             "stop": (30, self.stop),
+            "nap": (20, self.nap),
         }
         strength = rng.choice([0.5, 1.0, 2.0, 4.0])
         self.plan = {
@@ -80,7 +81,7 @@ class Faults:
             seconds = self.rng.choice([3.0, 15.0, 30.0, 120.0]) * self.rng.random()
             self.world.trace(machine.peer, f"is paused for {seconds:.0f} s")
             machine.worker.process.paused_until = self.world.kernel.now + seconds
-            self.later(seconds, self.world.crew.settle_all)
+            self.later(seconds, self.world.crew.flush)
             if machine.worker.connection:
                 until = machine.worker.process.paused_until
                 machine.worker.connection.server.unanswered(lambda: until > self.world.kernel.now)
@@ -123,10 +124,12 @@ class Faults:
         if seated:
             machine = self.rng.choice(seated)
             assert machine.worker
-            engine = machine.worker.engine
-            if engine.content.name in self.world.watch.contents:  # else there is no digest to see it by
+            stage: Any = machine.worker.engine.stage
+            if stage and stage.g.name in self.world.watch.contents:  # else there is no digest to see it by
                 self.world.trace(machine.peer, "its memory rots")
-                engine.content = engine.content.rotten(self.rng.randrange(1 << 30))
+                rotten = stage.g.content.rotten(self.rng.randrange(1 << 30))
+                stage.x.counters += rotten.counters - stage.g.counters
+                stage.g.counters, stage.g.name = rotten.counters, rotten.name
 
     def hang(self) -> None:
         machine = self.some()
@@ -139,7 +142,7 @@ class Faults:
     def break_line(self) -> None:
         """Both ends learn it, or one; most often of a worker whose reports are not acknowledged yet."""
         connections = list(self.world.net.connections)
-        talking = [m.worker for m in self.world.machines.values() if m.worker and m.alive and m.worker.unacked]
+        talking = [m.worker for m in self.world.machines.values() if m.worker and m.alive and m.worker.reports]
         if talking and self.rng.random() < 0.7:
             connections = [c for c in (w.connection for w in talking) if c and c.client.open]
         if connections:
@@ -204,6 +207,12 @@ class Faults:
         seconds = self.rng.choice([-HOUR, -30.0, -1.0, 1.0, 30.0, HOUR]) * self.rng.random()
         self.world.trace(COORDINATOR, f"its clock jumps by {seconds:.0f} s")
         self.world.coordinator.skew += seconds
+
+    def nap(self) -> None:
+        """The coordinator's machine sleeps."""
+        seconds = self.rng.choice([3.0, 30.0, 300.0]) * self.rng.random()
+        self.world.trace(COORDINATOR, f"sleeps for {seconds:.0f} s")
+        self.world.coordinator.process.paused_until = self.world.kernel.now + seconds
 
     def stop(self) -> None:
         hub = self.world.coordinator.hub

@@ -8,11 +8,12 @@ counters differ if they were made differently, as real weights would: their name
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
-from potluck.protocol.plan import Plan, SavePoint
+from potluck.protocol.plan import SavePoint
 
 BITS = 4
 Counters = int
@@ -67,6 +68,10 @@ class State:
     delta: Counters = 0  # of this replica alone, since the last round
     pending: int = 0  # samples it counts since then
 
+    @property
+    def g(self) -> Content:
+        return self.content
+
     def shared(self) -> State:
         return replace(self, delta=0, pending=0)
 
@@ -75,6 +80,7 @@ class SavePoints:
     """A worker's states, by the rules of ``worker/checkpoint.py``; ``disk`` outlives the process."""
 
     KEPT_ROUNDS = 2
+    folder = Path()
 
     def __init__(self, disk: dict[SavePoint, State]) -> None:
         self.disk = disk
@@ -110,35 +116,3 @@ class SavePoints:
     def forget(self, before: int, but: int | None) -> None:
         for point in [p for p in self.memory if p.step < before and p.step != but]:
             del self.memory[point]
-
-
-class Lanes:
-    """What each replica of a plan trains on, by the plan alone."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self._patterns: dict[tuple[int, int], tuple[Counters, int]] = {}
-
-    def of(self, peer: str, step: int) -> tuple[Counters, int]:
-        """A replica's samples in a step, and how many."""
-        plan, place = self.plan, self.plan.places[peer]
-        if place not in self._patterns:
-            served = plan.served(*place)
-            size = plan.microbatch_size
-            self._patterns[place] = (sum(samples(range(m * size, (m + 1) * size)) for m in served), len(served) * size)
-        pattern, count = self._patterns[place]
-        return pattern << (BITS * plan.first_sample_of(step)), count
-
-    def neighbours(self) -> dict[str, list[str]]:
-        """Who exchanges activations with whom."""
-        plan = self.plan
-        found: dict[str, dict[str, None]] = {p: {} for p in plan.places}
-        for stage in range(len(plan.stages) - 1):
-            for m in range(plan.microbatches_per_step):
-                one, other = plan.peer_of(stage, m), plan.peer_of(stage + 1, m)
-                found[one][other] = found[other][one] = None
-        return {p: list(others) for p, others in found.items()}
-
-
-def total(parts: Iterable[Counters]) -> Counters:
-    return sum(parts)

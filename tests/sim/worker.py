@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from potluck.coordinator.state import Member
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.plan import SavePoint
+from potluck.worker.control import HEARTBEAT_SECONDS, pause_seconds
 from potluck.worker.plan import View
+from potluck.worker.reports import Reports
+from potluck.worker.session import Session
 
+from . import fiber
 from .kernel import Process, Signal, sleep
+from .links import SimLinks, SimMailbox
 from .net import COORDINATOR, Connection
 from .weights import SavePoints, State
 
 if TYPE_CHECKING:
-    from .engine import Engine
     from .world import World
 
-HEARTBEAT_SECONDS = 2.0
-BACKOFF_SECONDS = (0.5, 15.0)
 CLOSE_SECONDS = 2.0
 
 
@@ -32,7 +34,6 @@ class Machine:
         self.speed = rng.choice([0.5, 1.0, 1.0, 2.0])
         self.disk: dict[SavePoint, State] = {}
         self.worker: Worker | None = None
-        self.down_since = 0.0
         self.hang_until = 0.0  # it computes nothing, and says that it is well
         self.sessions = 0
 
@@ -66,22 +67,25 @@ class Worker:
     """A process from its start to its end."""
 
     def __init__(self, machine: Machine, session: bytes) -> None:
-        from .engine import Engine
+        from .engine import SimEngine, Views
 
         self.machine, self.world, self.session = machine, machine.world, session
         self.peer, self.rng, self.kernel = machine.peer, machine.rng, machine.world.kernel
+        self.identity = SimpleNamespace(peer_id=self.peer)
         self.process = Process(self.peer)
         self.points = SavePoints(machine.disk)
-        self.bell = Signal(self.kernel)  # something has changed: a view, a round, a meeting
-        self.view, self.version = View(), 0
-        self.fence = 0  # generations below are over
-        self._generation = -1
-        self.leaving = self.closing = self.welcomed_once = False
-        self.unacked: deque[pb.Up] = deque()
-        self._seq = self._sent = 0
+        self.bell = Signal(self.kernel)  # something has changed: a view, a frame, a round
+        self.leaving = self.welcomed_once = False
+        self.reports = Reports()
+        self._sent = 0
         self.connection: Connection | None = None
         self._welcome = False
-        self.engine: Engine = Engine(self)
+        self._welcomed = 0.0
+        self._told = ""
+        self.computing: fiber.Fiber | None = None
+        self.views, self.mailbox = Views(self), SimMailbox(self)
+        self.links = SimLinks(self)
+        self.engine = SimEngine(self)
         self.kernel.spawn(self._run(), self.process)
 
     # Its end.
@@ -90,57 +94,84 @@ class Worker:
         """At once."""
         if self.connection:
             self.connection.client.close(silent=silent)
-        self.machine.down_since = self.kernel.now
         self.process.kill()
 
     async def close(self) -> None:
         """In order: first the reports that are not acknowledged yet."""
         late = self.kernel.now + CLOSE_SECONDS
-        while self.unacked and self.kernel.now < late:
+        while self.reports and self.kernel.now < late:
             await self.bell.wait(late - self.kernel.now)
-        self.world.trace(self.peer, f"ends, {self.view.phase}")
+        self.world.trace(self.peer, f"ends, {self.views.newest[0].phase}")
         self.end()
         self.world.ended(self.machine)
 
+    # Computing.
+
+    def compute(self, lanes: float) -> None:
+        """As long as it takes to compute that many microbatches, and as long as it hangs."""
+        world, machine = self.world, self.machine
+        if lanes:
+            share = world.step_seconds / world.rules.microbatches
+            fiber.sleep(lanes * share * self.rng.uniform(0.5, 1.5) / machine.speed)
+        if machine.hang_until > self.kernel.now:
+            fiber.sleep(machine.hang_until - self.kernel.now)
+
+    def _engine(self) -> None:
+        self.computing = fiber.Fiber.current
+        self.engine.run()
+        self.kernel.spawn(self.close(), self.process)
+
+    def idle(self) -> bool:
+        return self.views.idle or self.mailbox.waiting > 0
+
+    def fault(self, generation: int, peer: str, text: str) -> None:
+        self.world.trace(self.peer, text)
+        self.report(fault=pb.Fault(generation=generation, text=text, peer=peer))
+
+    # A view, by the real rules.
+
+    def say(self, _: str) -> None: ...
+
+    def wording(self, _: View) -> str:
+        return ""
+
+    def follow(self, view: View) -> None:
+        Session.follow(self, view)  # type: ignore[arg-type]
+        self.bell.ring()
+
     # The control stream.
 
-    def report(self, **body: Any) -> None:
+    def report(self, **body: object) -> None:
         """Repeated until the coordinator has it on disk."""
-        self._seq += 1
-        self.unacked.append(pb.Up(seq=self._seq, **body))
+        self.reports.add(**body)
         self._flush()
 
     def leave(self) -> None:
-        if not self.leaving:
-            self.leaving = True
-            self.report(leaving=pb.Leaving())
+        self.leaving = True
+        self.report(leaving=pb.Leaving())
 
     def _flush(self) -> None:
         if self._welcome and self.connection:
-            for up in self.unacked:
-                if up.seq > self._sent:
-                    self.connection.client.send(up)
-                    self._sent = up.seq
-
-    def _acknowledged(self, seq: int) -> None:
-        while self.unacked and self.unacked[0].seq <= seq:
-            self.unacked.popleft()
-        self.bell.ring()
+            for up in self.reports.after(self._sent):
+                self.connection.client.send(up)
+                self._sent = up.seq
 
     async def _run(self) -> None:
-        tries = 0
+        tries, broken = 0, self.kernel.now
         while True:
+            began = self.kernel.now
             code = await self._connect()
-            if code == "ended":
-                tries = 0
-            elif code not in ("silent", "unreachable") or (code == "unreachable" and not self.welcomed_once):
+            if code not in ("", "silent", "unreachable") or (code == "unreachable" and not self.welcomed_once):
                 self.world.trace(self.peer, f"ends: {code}")
                 self.end()
                 self.world.ended(self.machine)
                 return
+            now = self.kernel.now
+            if self._welcomed >= began:
+                broken = now
+                tries = 0 if now - self._welcomed > HEARTBEAT_SECONDS else tries
+            await sleep(self.rng.uniform(0.5, 1.0) * pause_seconds(tries, now - broken))
             tries += 1
-            low, high = BACKOFF_SECONDS
-            await sleep(self.rng.uniform(0.5, 1.0) * min(high, low * 2.0 ** min(tries, 10)))
 
     async def _connect(self) -> str:
         """One connection, until it breaks; how it ended."""
@@ -162,22 +193,24 @@ class Worker:
             while (down := await end.inbox.get()) is not None:
                 body = down.WhichOneof("body")
                 if body == "welcome":
-                    self._acknowledged(down.welcome.acked)
-                    self._sent, self._welcome = 0, True
+                    self.reports.welcomed(down.welcome.acked)
+                    self.bell.ring()
+                    self._sent, self._welcome, self._welcomed = 0, True, self.kernel.now
                     if self.welcomed_once and self.leaving:
                         self.report(leaving=pb.Leaving())
                     if not self.welcomed_once:
                         self.welcomed_once = True
-                        self.kernel.spawn(self.engine.run(), self.process)
+                        fiber.spawn(self.kernel, self._engine, self.process)
                     self._flush()
                     beating = self.kernel.spawn(self._beat(connection), self.process)
                 elif body == "refuse":
                     return str(down.refuse.code)
                 elif body == "ack":
-                    self._acknowledged(down.ack.seq)
+                    self.reports.acknowledged(down.ack.seq)
+                    self.bell.ring()
                 elif body == "view":
-                    self._follow(self.world.crew.view_from(down.view))
-            return "ended" if self._welcome else "unreachable"
+                    self.follow(self.world.crew.view_from(down.view))
+            return "" if self._welcome else "unreachable"
         finally:
             self._welcome = False
             if beating:
@@ -186,7 +219,8 @@ class Worker:
 
     async def _beat(self, connection: Connection) -> None:
         while True:
-            connection.client.send(pb.Up(heartbeat=pb.Heartbeat(state=self.engine.doing)))
+            beat = pb.Heartbeat(state=self.engine.hq.state, idle=self.idle())
+            connection.client.send(pb.Up(heartbeat=beat))
             await sleep(HEARTBEAT_SECONDS)
 
     def _hello(self) -> Member:
@@ -194,17 +228,7 @@ class Worker:
             peer=self.peer,
             name=self.peer,
             speed=self.machine.speed,
+            addresses=(self.session.decode(),),
             session=self.session,
             savepoints=frozenset(self.points.points()),
         )
-
-    def _follow(self, view: View) -> None:
-        """A new view: nothing of an older generation comes in any more."""
-        known = self.fence
-        if view.plan is not None:
-            self._generation = view.plan.generation
-        self.fence = max(self.fence, self._generation + (view.plan is None))
-        self.view, self.version = view, self.version + 1
-        if self.fence != known:
-            self.world.trace(self.peer, f"sees generation {self.fence}, {view.phase}")
-        self.bell.ring()

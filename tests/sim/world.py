@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from manifests import manifest
@@ -26,12 +26,13 @@ from potluck.protocol.config import (
 )
 
 from .checks import Broken, Watch, hold
+from . import engine
 from .coordinator import Coordinator, patched
 from .crew import Crew
 from .faults import Faults
 from .kernel import Kernel, Process
 from .net import Network
-from .worker import Machine
+from .worker import Machine, Worker
 
 MANIFEST = manifest(10**5, 100, 8)
 CALM_SECONDS = 3600.0  # within which a run must be finished once nothing goes wrong any more
@@ -47,9 +48,14 @@ def a_config(rng: random.Random, size: int) -> RunConfig:
         seed=rng.randrange(1000),
         steps=rng.randint(8, 32) if size < 50 else rng.randint(3, 6),
         model=ModelConfig(d_model=8, layers=4, heads=1, rotary_dim=2, seq_len=8),
-        pipeline=PipelineConfig(stages=stages, microbatches=rng.choice([1, 2]), microbatch_size=rng.choice([1, 2])),
+        pipeline=PipelineConfig(
+            stages=stages,
+            microbatches=rng.choice([1, 2]),
+            microbatch_size=rng.choice([1, 2]),
+            quorum=rng.choice([1, 1, 2]),
+        ),
         sync=SyncConfig(preset="cocktail", **sync),  # type: ignore[arg-type]
-        eval=EvalConfig(every=5),
+        eval=EvalConfig(every=5, samples=4),
         checkpoint=CheckpointConfig(save_rounds=rng.choice([1, 2, 5]), publish_rounds=rng.choice([1, 3, 50])),
         coordinator=CoordinatorConfig(
             wait_for=rng.choice([0, size]),
@@ -86,11 +92,11 @@ class World:
         self.lines: deque[tuple[float, str, str]] = deque(maxlen=None if self.trace_all else LAST_LINES)
         self.size = a_size(rng)
         self.config, self.manifest = a_config(rng, self.size), MANIFEST
-        self.rules = rules_of(self.config, MANIFEST)
+        self.rules = replace(rules_of(self.config, MANIFEST), reroutes=rng.random() < 0.9)
         self.machines: dict[str, Machine] = {}
         self.net = Network(self.kernel, random.Random(rng.random()))
         self.crew = Crew(self)
-        self.net.on_heal.append(self.crew.settle_all)
+        self.net.on_heal.append(self.crew.flush)
         self.watch = Watch(self)
         self.coordinator = Coordinator(self, self.folder, random.Random(rng.random()))
         self.faults = Faults(self, random.Random(rng.random()))
@@ -108,6 +114,12 @@ class World:
         self.machines[peer] = machine = Machine(self, peer, random.Random(self.rng.random()))
         self.net.latency[peer] = self.rng.choice([0.005, 0.02, 0.1])
         return machine
+
+    def session(self, peer: str, address: str) -> Worker | None:
+        """The process that listens there, if it still does."""
+        machine = self.machines.get(peer)
+        worker = machine.worker if machine else None
+        return worker if worker and worker.process.alive and worker.session == address.encode() else None
 
     def ended(self, machine: Machine) -> None:
         """Its volunteer starts a worker again that ended by itself."""
@@ -196,7 +208,7 @@ def simulate(seed: int, *, trace: bool = False) -> World:
     folder = Path(tempfile.mkdtemp(prefix=f"potluck-sim-{seed}-", dir=MEMORY if MEMORY.is_dir() else None))
     world = World(seed, folder, trace_all=trace)
     try:
-        with patched(world):
+        with patched(world), engine.patched(world):
             logging.disable(logging.CRITICAL)
             try:
                 world.run()
