@@ -323,11 +323,14 @@ class Engine:
         """Waits until the coordinator has decided: a round may not count, so nobody goes on from it before."""
         while True:
             view, version = self.views.newest
+            plan = view.plan
+            if self.views.closed or plan is None or plan.generation != self.local.generation:
+                raise Fenced
+            if self.config.peer not in plan.places:  # they go on without us: what is committed since is not ours
+                raise Fenced
             if view.committed >= step:
                 return True
-            if self.views.closed or view.plan is None or view.plan.generation != self.local.generation:
-                raise Fenced
-            if view.plan.attempt > self.local.attempt:
+            if plan.attempt > self.local.attempt:
                 return False
             self.views.wait(version)
 
