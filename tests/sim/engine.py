@@ -189,7 +189,7 @@ class Capture:
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     state: State
-    shift: Counters
+    captured: Counters
     base_digest: bytes
     samples: int
     nbytes: int = 0
@@ -244,7 +244,7 @@ class SimSynchronizer(Synchronizer):
         world.watch.made(content)
         return Outcome(
             state=State(point=point, content=content),
-            shift=content.counters - before.content.counters - before.delta,
+            captured=before.delta,
             base_digest=before.content.name,
             samples=capture.samples,
         )
@@ -270,7 +270,8 @@ def apply(stage: Any, outcome: Outcome, *, late: bool) -> None:
     """Puts a round into the weights; it must be a committed one."""
     content = outcome.state.content
     stage.worker.world.watch.applied(stage.worker.peer, content)
-    stage.x.counters = stage.x.counters + outcome.shift if late else content.counters
+    since = stage.x.counters - stage.g.counters - outcome.captured if late else 0
+    stage.x.counters = content.counters + since
     stage.g = Vector(content.counters, content.name)
 
 
