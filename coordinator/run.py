@@ -161,8 +161,11 @@ class Machine(Losses):
         plan = self.state.plan
         assert plan is not None
         end = self.state.until
-        if how == "round" and end == self.state.committed.step:
-            self.replan("the crew changes")
+        if end == self.state.committed.step:  # nothing has been leased since
+            if how == "round":
+                self.replan("the crew changes")
+            else:
+                self.stopped()
             return
         self.set(closing=how, end=end)
         if how == "save":
