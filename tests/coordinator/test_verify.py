@@ -184,15 +184,15 @@ PLANTED: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "a rollback nobody told of": (
-        ["DELETE FROM events WHERE id = 21"],
+        ["DELETE FROM events WHERE id = 22"],
         [
-            "events row 22: row 21 is missing",
-            "events row 22: generation 3 starts at step 4, the last round was at step 8",
+            "events row 23: row 22 is missing",
+            "events row 23: training starts at step 4, but the last round was at step 8",
         ],
     ),
     "a generation that goes back": (
-        ["UPDATE events SET data = replace(data, '\"generation\": 3', '\"generation\": 1') WHERE id = 22"],
-        ["events row 22: generation 1 follows generation 2", "meta: generation 3 is stored, the journal's newest is 2"],
+        ["UPDATE events SET data = replace(data, '\"generation\": 3', '\"generation\": 1') WHERE id = 21"],
+        ["events row 21: generation 1 follows generation 2", "meta: generation 3 is stored, the journal's newest is 2"],
     ),
     "an event of no kind": (
         ['UPDATE events SET data = \'{"type": "Eclipse"}\' WHERE id = 8'],

@@ -212,7 +212,9 @@ class Watch:
                     self.plans[generation] = plan = self.drafts.pop(generation)
                     if plan.origin == "step":
                         self.reach("an orderly stop is gone on from")
-                    if not self.belief_is_old:
+                    if plan.first_step < self.now.committed[1]:
+                        self.reach("a plan from an older round")
+                    elif not self.belief_is_old:
                         self._donors(plan)
                     self.points.clear()
                 case Point(step=step, train=train):
@@ -291,6 +293,8 @@ class Watch:
 
     def _uncommitted(self, step: int) -> None:
         state = self.world.coordinator.state
+        older = [m for m in state.marks if m.step == step]
+        hold(not step or (older and self.world.held(older)), f"back to step {step}, which nobody holds")
         self.dropped += [m for m in (state.committed, *state.marks) if m.step > step]
         self.belief_is_old = True
         self.rows = [r for r in self.rows if r.is_committed and r.step < step]
