@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import scripted_hub
+from failing_disk import FailingDisk
 from kept_run import CONFIG, KeptRun
+from manifests import MANIFEST
 from msgspec.structs import replace as changed
 from scripted_hub import CONFIG as HUB_CONFIG
 from scripted_hub import Hand, a_hub, disk
 from scripted_run import journaled, leases, point, saved
-from simulated_disk import FailingDisk
-from simulated_world import MANIFEST
 
 from potluck.coordinator import events as ev
 from potluck.coordinator import hub as shell

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
-from .checks import Broken  # noqa: E402
-from .world import World, simulate  # noqa: E402
+from .checks import Broken
+from .world import World, simulate
 
 
 def main() -> int:
@@ -28,24 +28,27 @@ def main() -> int:
         except Broken as error:
             failed += 1
             world = error.world  # type: ignore[attr-defined]
-            print(world.last_lines())
+            sys.stdout.write(world.last_lines() + "\n")
             if error.__cause__ and not isinstance(error.__cause__, Broken):
                 traceback.print_exception(error.__cause__)
-            print(f"BROKEN: {error}")
+            sys.stdout.write(f"BROKEN: {error}\n")
         else:
             if options.trace:
-                print(world.last_lines())
-        print(summary(world, time.process_time() - started), flush=True)
+                sys.stdout.write(world.last_lines() + "\n")
+        sys.stdout.write(summary(world, time.process_time() - started) + "\n")
+        sys.stdout.flush()
     return int(failed > 0)
 
 
 def summary(world: World, seconds: float) -> str:
     state = world.coordinator.state
+    end = "lost" if world.lost else state.phase
     faults = ", ".join(f"{count} {name}" for name, count in sorted(world.faults.counts.items()))
     return (
-        f"seed {world.seed}: {world.size} machines, {len(world.rules.layers)} stages, {'lost' if world.lost else state.phase} at step"
-        f" {state.committed.step} of {world.config.steps}, generation {state.generation}, {world.watch.commits} commits,"
-        f" {world.kernel.events} events, {world.kernel.now:.0f} s in {seconds:.2f} s; {faults or 'no fault'}"
+        f"seed {world.seed}: {world.size} machines, {len(world.rules.layers)} stages, {end} at step"
+        f" {state.committed.step} of {world.config.steps}, generation {state.generation},"
+        f" {world.watch.commits} commits, {world.kernel.events} events, {world.kernel.now:.0f} s"
+        f" in {seconds:.2f} s; {faults or 'no fault'}"
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from potluck.coordinator import run
-from potluck.coordinator.events import PlanIssued, Rerouted
+from potluck.coordinator.events import PlanIssued, Rerouted, RolledBack
 from potluck.coordinator.standstill import shifted
 from potluck.coordinator.state import (
     Command,
@@ -186,6 +186,8 @@ class Watch:
                 case Lease():
                     self._leased(command)
                     touched = True
+                case Journal(event=RolledBack(why=why)):
+                    hold(not self.world.faults.is_alone, f"work is lost, though no worker has failed: {why}")
                 case Relet():
                     self._relet(command)
                 case ReturnLeases():
@@ -258,7 +260,8 @@ class Watch:
             hold(not row.mask & mask, f"samples from {lease.first} of step {lease.step} are leased twice")
         hold(lease.generation in self.plans, f"a lease of generation {lease.generation}, which has no plan")
         hold(lease.peer in self.plans[lease.generation].peers, f"a lease for {lease.peer}, who has no seat")
-        seen = [m.worker.engine.local for m in map(self.world.machines.get, self.plans[lease.generation].peers) if m and m.worker]
+        machines = [self.world.machines[peer] for peer in self.plans[lease.generation].peers]
+        seen = [m.worker.engine.local for m in machines if m.worker]
         slowest = min((local.step for local in seen if local.generation == lease.generation), default=lease.step)
         most = slowest + self.world.rules.lease_ahead
         hold(lease.step < most, f"step {lease.step} is leased, but somebody has done {slowest} only")
@@ -327,7 +330,7 @@ class Watch:
             attempt = len(view.plan.lost)
             hold(generation in self.plans, f"{line.peer} is sent plan {generation}, which is not on the disk")
             known = self.plans[generation].attempt
-            hold(attempt <= known, f"{line.peer} is sent attempt {attempt} of plan {generation}, on the disk is {known}")
+            hold(attempt <= known, f"{line.peer} is sent attempt {attempt} of plan {generation}, durable is {known}")
             if view.until > view.plan.first_step:
                 leased = self.leased_until.get(generation, 0)
                 hold(view.until <= leased, f"{line.peer} is given steps to {view.until}, leased are those to {leased}")

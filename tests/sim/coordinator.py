@@ -191,7 +191,8 @@ class Coordinator:
             self.kernel.later(self.rng.uniform(2, 10), self.start)
             return
         world.watch.opened(state, store)
-        world.trace("coordinator", f"starts at step {state.committed.step}, generation {state.generation}, {state.phase}")
+        where = f"step {state.committed.step}, generation {state.generation}, {state.phase}"
+        world.trace("coordinator", f"starts at {where}")
         self.starts += 1
         self.hub = SimHub(world.rules, state, store, self)
         if state.plan and state.publish is not None:  # as Publisher.resume
@@ -294,5 +295,3 @@ class Coordinator:
             folder = self.disk.path.parent / "checkpoints" / f"step-{step:08d}"
             folder.mkdir(parents=True, exist_ok=True)
             self.hub.put(Uploaded(step=step, path=str(folder)))
-
-

@@ -64,6 +64,7 @@ class SimStore(Store):
         commands = list(commands)
         super().write(commands, now, extra)
         self.watch.written(commands)
+        self.watch.world.look(self.watch.world)
 
     def _commit(self) -> None:
         self.disk.before_commit(self.synced)

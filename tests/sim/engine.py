@@ -54,7 +54,9 @@ class Vector:
 class Tensor:
     """Hidden states, a loss or a gradient of some samples; knows the stage that made it, and from what."""
 
-    def __init__(self, counters: Counters, count: int, stage: SimStage | None = None, source: Tensor | None = None) -> None:
+    def __init__(
+        self, counters: Counters, count: int, stage: SimStage | None = None, source: Tensor | None = None
+    ) -> None:
         self.counters, self.count, self.stage, self.source = counters, count, stage, source
         self.grad: Tensor | None = None
 

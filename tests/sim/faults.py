@@ -46,6 +46,9 @@ class Faults:
             "stop": (30, self.stop),
             "nap": (20, self.nap),
         }
+        self.is_alone = rng.random() < 0.1  # only the coordinator fails: that costs nobody any work
+        if self.is_alone:
+            kinds = {name: kinds[name] for name in ("crash", "crash at", "disk", "clock")}
         strength = rng.choice([0.5, 1.0, 2.0, 4.0])
         self.plan = {
             name: (rate * strength * rng.choice([0.3, 1.0, 3.0]), action)

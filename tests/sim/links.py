@@ -50,19 +50,21 @@ class SimMailbox(Mailbox):
         self.worker = worker
         self.waiting = 0  # of the computing thread and that of rounds
 
-    def take(self, wanted: Sequence[Address], attempt: int = 0, timeout_seconds: float | None = None) -> tuple[Address, Any]:
+    def take(
+        self, wanted: Sequence[Address], attempt: int = 0, timeout_seconds: float | None = None
+    ) -> tuple[Address, Any]:
         generation = wanted[0].generation
 
         def over() -> bool:
             return self._closed or generation < self._generation
 
+        def something() -> bool:
+            return over() or bool(self._newer(generation, attempt)) or any(place in self._frames for place in wanted)
+
         engine = fiber.Fiber.current is self.worker.computing
         self.waiting += engine
         try:
-            fiber.wait(
-                self.worker.bell,
-                lambda: over() or bool(self._newer(generation, attempt)) or any(place in self._frames for place in wanted),
-            )
+            fiber.wait(self.worker.bell, something)
         finally:
             self.waiting -= engine
         if over():

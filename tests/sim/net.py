@@ -1,4 +1,4 @@
-"""The network: who reaches whom, how late, and connections that are in order, may stall, and end on each side by itself."""
+"""The network: who reaches whom, how late; connections keep order, may stall, and end on each side by itself."""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
 from .checks import Broken
@@ -14,6 +16,7 @@ from .planted import PLANTED
 from .world import simulate
 
 CHUNK = 10
+TESTS = Path(__file__).parent.parent
 
 
 class Outcome(NamedTuple):
@@ -48,8 +51,18 @@ def hunt(bug: str, most: int) -> tuple[int, str]:
     return 0, ""
 
 
-def workers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
+@contextmanager
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """A process for each core; they find this package by the path that they inherit."""
+    found = [str(TESTS), str(TESTS / "support")]
+    before = list(sys.path)
+    sys.path += [path for path in found if path not in sys.path]
+    try:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            yield pool
+            pool.shutdown(cancel_futures=True)
+    finally:
+        sys.path[:] = before
 
 
 def outcomes(pool: ProcessPoolExecutor, seeds: range) -> Iterator[Outcome]:

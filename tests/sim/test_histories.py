@@ -17,6 +17,8 @@ REACHED = (  # situations without which the histories would prove little
     *("Uncommit", "RoundRefused", "RolledBack", "StoodStill", "Stopped", "Stopping", "HeldOut", "Published"),
     *("a report is taken twice", "a step_done of another generation", "a round_done of another generation"),
     *("a fault of another generation", "a saved of another generation", "an orderly stop is gone on from"),
+    *("Rerouted", "Relet", "Held", "Degraded", "a generation loses a second one", "a round_done of another attempt"),
+    *("a plan from an older round", "a step_done of who is lost"),
 )
 
 pytestmark = pytest.mark.timeout(900)
@@ -26,7 +28,6 @@ pytestmark = pytest.mark.timeout(900)
 def pool() -> Iterator[ProcessPoolExecutor]:
     with workers() as found:
         yield found
-        found.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="module")

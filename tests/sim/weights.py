@@ -1,4 +1,4 @@
-"""What takes the place of weights: counters that say how often each sample is in them, and a name of how they were made.
+"""What takes the place of weights: counters of how often each sample is in them, and a name of how they were made.
 
 A stage's content is a vector with one counter for each sample of the run, packed into one integer of 4 bits a sample,
 so that "the mean of the differences is added to the reference" is an addition here as well. Two contents with the same
@@ -39,7 +39,7 @@ def spell(counters: Counters, limit: int) -> str:
             found.setdefault(count, []).append(position)
         counters >>= BITS
         position += 1
-    return "; ".join(f"{count} times: samples {where[:6]}{'...' if len(where) > 6 else ''}" for count, where in found.items())
+    return "; ".join(f"{n} times: samples {at[:6]}{'...' if len(at) > 6 else ''}" for n, at in found.items())
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Content:
         return Content(self.counters + sum(deltas.values()), hashed.digest())
 
     def rotten(self, salt: int) -> Content:
-        return Content(self.counters + (1 << (BITS * (salt % 64))), hashlib.blake2b(b"%d" % salt, digest_size=8).digest())
+        name = hashlib.blake2b(b"%d" % salt, digest_size=8).digest()
+        return Content(self.counters + (1 << (BITS * (salt % 64))), name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +95,9 @@ class SavePoints:
 
     def find(self, kind: str, generation: int, step: int, layers: tuple[int, int]) -> State | None:
         for point, state in {**self.disk, **self.memory}.items():
-            if (point.kind, point.generation, point.step) == (kind, generation, step) and (
-                point.first_layer,
-                point.last_layer,
-            ) == layers:
-                if not point.digest or state.content.name == point.digest:
-                    return state
+            name = point.kind, point.generation, point.step, point.first_layer, point.last_layer
+            if name == (kind, generation, step, *layers) and state.content.name == (point.digest or state.content.name):
+                return state
         return None
 
     def save(self, state: State) -> None:

@@ -7,11 +7,11 @@ import random
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from manifests import manifest
+from manifests import MANIFEST
 
 from potluck.coordinator.service import rules_of
 from potluck.coordinator.state import Mark
@@ -25,8 +25,8 @@ from potluck.protocol.config import (
     SyncConfig,
 )
 
-from .checks import Broken, Watch, hold
 from . import engine
+from .checks import Broken, Watch, hold
 from .coordinator import Coordinator, patched
 from .crew import Crew
 from .faults import Faults
@@ -34,7 +34,6 @@ from .kernel import Kernel, Process
 from .net import Network
 from .worker import Machine, Worker
 
-MANIFEST = manifest(10**5, 100, 8)
 CALM_SECONDS = 3600.0  # within which a run must be finished once nothing goes wrong any more
 MOST_EVENTS = 3_000_000
 LAST_LINES = 60
@@ -80,6 +79,7 @@ class World:
     seed: int
     folder: Path
     trace_all: bool = False
+    look: Callable[[World], None] = lambda _: None
     kernel: Kernel = field(default_factory=Kernel)
     faulty: bool = True
     wiped: bool = False
@@ -203,15 +203,19 @@ class World:
         return "\n".join(f"{when:9.3f}  {who:12} {what}" for when, who, what in self.lines)
 
 
-def simulate(seed: int, *, trace: bool = False) -> World:
-    """The history of ``seed``; ``Broken`` (with ``world``) if something is wrong in it."""
+def simulate(seed: int, *, trace: bool = False, look: Callable[[World], None] = lambda _: None) -> World:
+    """The history of ``seed``; ``Broken`` (with ``world``) if something is wrong in it.
+
+    ``look`` is called after each commit, and at the end.
+    """
     folder = Path(tempfile.mkdtemp(prefix=f"potluck-sim-{seed}-", dir=MEMORY if MEMORY.is_dir() else None))
-    world = World(seed, folder, trace_all=trace)
+    world = World(seed, folder, trace_all=trace, look=look)
     try:
         with patched(world), engine.patched(world):
             logging.disable(logging.CRITICAL)
             try:
                 world.run()
+                look(world)
             except Exception as error:
                 what = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
                 broken = Broken(what)
