@@ -23,6 +23,7 @@ from potluck.coordinator.state import (
     Rules,
     RunState,
     Said,
+    Tick,
     Uncommit,
 )
 from potluck.coordinator.store import Store
@@ -135,6 +136,9 @@ class Watch:
         if self.world.rng_checks.random() < 0.02:
             later, ordered = run.step(rules, shifted(state, SHIFT), what, now + SHIFT)
             hold(same(later, shifted(new, SHIFT)) and len(ordered) == len(commands), "a standstill makes a difference")
+        if isinstance(what, Tick):
+            late = [p for p, m in new.members.items() if m.away is not None and m.away <= now]
+            hold(not late, f"{late} are waited for, though their time is over")
         self._bounded(rules, new)
         return new, commands
 

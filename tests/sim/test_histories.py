@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
@@ -47,6 +47,10 @@ def test_a_thousand_histories_hold(pool: ProcessPoolExecutor) -> None:
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_found(bug: str, hunts: dict[str, Future[tuple[int, str]]]) -> None:
-    seeds, _ = hunts[bug].result()
+def test_a_planted_bug_is_found(
+    bug: str, hunts: dict[str, Future[tuple[int, str]]], record_property: Callable[[str, object], None]
+) -> None:
+    seeds, found = hunts[bug].result()
     assert seeds, f"{bug}: not found in {MOST_TO_FIND} histories"
+    record_property("seeds", seeds)
+    record_property("found", found)

@@ -45,7 +45,7 @@ def a_config(rng: random.Random, size: int) -> RunConfig:
     stages = rng.choice([1, 2, 2, 3]) if size < 20 else rng.choice([2, 3, 4])
     return RunConfig(
         seed=rng.randrange(1000),
-        steps=rng.randint(8, 32) if size < 50 else rng.randint(3, 6),
+        steps=rng.randint(6, 20) if size < 50 else rng.randint(3, 6),
         model=ModelConfig(d_model=8, layers=4, heads=1, rotary_dim=2, seq_len=8),
         pipeline=PipelineConfig(
             stages=stages,
@@ -67,9 +67,9 @@ def a_config(rng: random.Random, size: int) -> RunConfig:
 def a_size(rng: random.Random) -> int:
     """Of a swarm: most are small."""
     chance = rng.random()
-    if chance < 0.9:
+    if chance < 0.93:
         return rng.randint(5, 9)
-    return rng.randint(10, 30) if chance < 0.985 else rng.randint(50, 200)
+    return rng.randint(10, 30) if chance < 0.99 else rng.randint(50, 150)
 
 
 @dataclass
@@ -100,7 +100,7 @@ class World:
         self.watch = Watch(self)
         self.coordinator = Coordinator(self, self.folder, random.Random(rng.random()))
         self.faults = Faults(self, random.Random(rng.random()))
-        self.faulty_seconds = rng.choice([60.0, 200.0, 300.0]) if self.size < 50 else 60.0
+        self.faulty_seconds = rng.choice([40.0, 100.0, 200.0]) if self.size < 50 else 60.0
         wanted = self.faulty_seconds / self.config.steps * rng.choice([0.2, 0.5])
         self.step_seconds = min(wanted, self.rules.lease_seconds / 10)
         self.nature = Process("nature")
