@@ -31,6 +31,7 @@ from potluck.coordinator.verify import verify
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.plan import Plan
 
+from .same import same
 from .weights import Content, once, spell
 
 if TYPE_CHECKING:
@@ -376,34 +377,3 @@ class Watch:
 
     def made(self, content: Content) -> None:
         self.contents[content.name] = content
-
-
-def same(one: RunState, other: RunState) -> bool:
-    """Equal, but for the last bits of their times."""
-
-    def rounded(state: RunState) -> RunState:
-        return replace(
-            state,
-            since=round(state.since, 4),
-            last_join=round(state.last_join, 4),
-            held=state.held and round(state.held, 4),
-            barred={p: replace(bar, until=round(bar.until, 4)) for p, bar in state.barred.items()},
-            pace=replace(
-                state.pace,
-                since=round(state.pace.since, 4),
-                mean_seconds=round(state.pace.mean_seconds, 4),
-                deviation_seconds=round(state.pace.deviation_seconds, 4),
-            ),
-            leased_at={s: round(t, 4) for s, t in state.leased_at.items()},
-            members={
-                p: replace(
-                    m,
-                    joined=round(m.joined, 4),
-                    last_seen=round(m.last_seen, 4),
-                    away=m.away and round(m.away, 4),
-                )
-                for p, m in state.members.items()
-            },
-        )
-
-    return rounded(one) == rounded(other)

@@ -24,6 +24,7 @@ from potluck.coordinator.turn import released
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.errors import StateError
 from potluck.protocol.plan import Plan
+from potluck.worker.control import HEARTBEAT_SECONDS
 
 from .checks import Batch
 from .disk import Disk, SimStore
@@ -194,6 +195,8 @@ class Coordinator:
         where = f"step {state.committed.step}, generation {state.generation}, {state.phase}"
         world.trace("coordinator", f"starts at {where}")
         self.starts += 1
+        for connection in world.net.connections:  # this machine knows nothing of them, and says so when it is asked
+            self.kernel.later(self.rng.uniform(0.0, HEARTBEAT_SECONDS), connection.refused)
         self.hub = SimHub(world.rules, state, store, self)
         if state.plan and state.publish is not None:  # as Publisher.resume
             if self._collecting != (state.publish, state.plan.generation):

@@ -132,3 +132,8 @@ class Connection:
         self.client, self.server = End(self, peer, COORDINATOR), End(self, COORDINATOR, peer)
         self.client.peer, self.server.peer = self.server, self.client
         net.connections[self] = None
+
+    def refused(self) -> None:
+        """What the client sends comes to a machine that was started anew, which resets the connection."""
+        if not self.server.open and self.between not in self.net.cut_since:
+            self.client.broken()
