@@ -171,7 +171,8 @@ class Watch:
     def _bounded(self, rules: Rules, state: RunState) -> None:
         """Nothing piles up."""
         most = rules.lease_ahead + 2
-        hold(len(state.losses) <= most, f"{len(state.losses)} losses wait")
+        attempts = state.plan.attempt if state.plan else 0  # a lost one's steps stay until a later one is complete
+        hold(len(state.losses) <= most + rules.lease_ahead * attempts, f"{len(state.losses)} losses wait")
         hold(len(state.evals) <= most, f"{len(state.evals)} evaluations wait")
         hold(len(state.leased_at) <= most, f"{len(state.leased_at)} leases run")
         hold(len(state.rounds_done) <= most, f"{len(state.rounds_done)} rounds wait")
