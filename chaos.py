@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .demo import Crew
     from .screen import Screen
 
-PAUSE_SECONDS = (3.0, 9.0)  # between two blows
+PAUSE_SECONDS = (8.0, 16.0)  # between two blows
 DOWN_SECONDS = (1.0, 5.0)  # before a killed process is started again
 STOPPED_SECONDS = (2.0, 25.0)
 LAST_SHARE = 0.9  # of the steps: then the run is left alone
@@ -89,6 +89,9 @@ class Chaos:
             del self._down[name]
             self.crew.start_worker(name)
             self.show.say(f"chaos: {name} is started again")
+        for name, process in list(self.crew.members.items()):
+            if answers and process.poll():  # it was just starting when the coordinator was killed, and gave up
+                self.crew.start_worker(name)
         for name in [n for n, until in self._stopped.items() if now >= until]:
             del self._stopped[name]
             self._wake(name)

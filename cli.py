@@ -239,6 +239,13 @@ def worker() -> None:
     help="Speed against an ordinary machine.",
 )
 @click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu or cuda.")
+@click.option(
+    "--state-mbps",
+    type=click.FloatRange(0),
+    default=50.0,
+    show_default=True,
+    help="Most of the line, each way, for handing over stages; 0: no limit.",
+)
 def worker_join(ticket: str, data_dir: Path | None, **options: Any) -> None:
     """Join the run of TICKET (or @FILE that holds it) and work until it is finished.
 

@@ -16,11 +16,12 @@ class StageNeed:
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What a peer brings. ``home`` is the stage whose state it already holds."""
+    """What a peer brings. ``home`` is the stage whose state it already holds, ``keeps`` those it could take over."""
 
     speed: float
     memory_gb: float
     home: int | None = None
+    keeps: frozenset[int] = frozenset()
 
 
 MOVE_GAIN = 0.8  # a peer moves only if the slowest stage gets at least this much faster
@@ -44,7 +45,12 @@ def assign(stages: Sequence[StageNeed], offers: Mapping[str, Offer]) -> list[lis
     def fill(s: int, seen: set[int]) -> bool:
         """Moves a peer to an empty stage, and others after it if that leaves a stage empty (an augmenting path)."""
         seen.add(s)
-        able = [(len(placed[o]), offers[p].speed, p, o) for o in range(len(stages)) for p in placed[o] if fits(p, s)]
+        able = [
+            (len(placed[o]), s in offers[p].keeps, offers[p].speed, p, o)
+            for o in range(len(stages))
+            for p in placed[o]
+            if fits(p, s)
+        ]
         for *_, peer, origin in sorted(able, reverse=True):
             if origin not in seen:
                 placed[origin].remove(peer)

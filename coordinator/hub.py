@@ -23,7 +23,7 @@ from ..protocol.errors import StateError
 from ..protocol.failpoints import failpoint, failpoint_async
 from .board import Board
 from .resume import keep
-from .run import step, view_of
+from .run import step
 from .standstill import Standstill, shifted
 from .state import (
     Command,
@@ -42,6 +42,7 @@ from .state import (
     Tick,
 )
 from .store import Store, passing
+from .views import view_of
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..protocol.plan import Plan, SavePoint, StagePlan
 from .assignment import Offer, assign
-from .state import Mark, Rules, RunState
+from .state import Mark, Member, Rules, RunState
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,13 @@ def choose(rules: Rules, state: RunState, now: float) -> Start | Wait:
 
 def seated(rules: Rules, state: RunState, mark: Mark, held: list[list[str]]) -> Start | Wait:
     """Peers assigned to the stages, at home with what they hold."""
+    wanted = [mark.savepoint(i, layers) for i, layers in enumerate(rules.layers)]
     offers = {
         peer: Offer(
             speed=member.speed,
             memory_gb=member.memory_gb,
-            home=next((i for i, peers in enumerate(held) if peer in peers), None),
+            home=next((i for i, point in enumerate(wanted) if is_home(member, point)), None),
+            keeps=frozenset(i for i, peers in enumerate(held) if peer in peers),
         )
         for peer, member in state.members.items()
         if not member.leaving
@@ -79,6 +81,32 @@ def seated(rules: Rules, state: RunState, mark: Mark, held: list[list[str]]) -> 
     return Start(mark, seats)
 
 
+def is_home(member: Member, point: SavePoint) -> bool:
+    """Whether a peer holds a stage's state, or has got ready for the stage and lacks but its last rounds."""
+    layers = point.first_layer, point.last_layer
+    ready = member.prepared is not None and (member.prepared.first_layer, member.prepared.last_layer) == layers
+    return point in member.savepoints or ready
+
+
+def prospects(rules: Rules, state: RunState) -> dict[str, int]:
+    """The stage of every peer that the plan does not seat, if all were seated now; only while a generation trains.
+
+    Nobody is told of one before there is a committed round to fetch.
+    """
+    plan = state.plan
+    if plan is None or state.phase != "training" or state.committed.kind != "round":
+        return {}
+    free = {p: m for p, m in state.members.items() if not m.leaving}
+    if free.keys() <= plan.peers:
+        return {}
+    points = [state.committed.savepoint(i, layers) for i, layers in enumerate(rules.layers)]
+    homes = {p: next((i for i, point in enumerate(points) if is_home(m, point)), None) for p, m in free.items()}
+    homes |= {p: stage for p, (stage, _) in plan.places.items()}
+    offers = {p: Offer(speed=m.speed, memory_gb=m.memory_gb, home=homes[p]) for p, m in free.items()}
+    seats = assign(rules.needs, offers) or []
+    return {p: i for i, peers in enumerate(seats) for p in peers if p not in plan.peers}
+
+
 def holds_stop(rules: Rules, state: RunState, mark: Mark) -> bool:
     """Whether every peer of a stop is back with its own part."""
     for peers, layers in zip(mark.holders, rules.layers, strict=True):
@@ -91,11 +119,12 @@ def holds_stop(rules: Rules, state: RunState, mark: Mark) -> bool:
 
 
 def holders(rules: Rules, state: RunState, mark: Mark) -> list[list[str]]:
-    """Of each stage, the peers (leaving ones too) that hold its state at a committed round."""
+    """Of each stage, the peers (leaving ones too) that hold its state at a committed round; if none, its keepers."""
     found = []
     for i, layers in enumerate(rules.layers):
-        wanted = mark.savepoint(i, layers)
-        found.append([p for p, m in sorted(state.members.items()) if wanted in m.savepoints])
+        wanted, members = mark.savepoint(i, layers), sorted(state.members.items())
+        trained = [p for p, m in members if wanted in m.savepoints]
+        found.append(trained or [p for p, m in members if wanted in m.held])
     return found
 
 

@@ -19,6 +19,7 @@ from ..protocol.errors import WireError
 from ..protocol.plan import Plan
 from .state import Keep, Member, Rules, RunState
 from .store import Store
+from .views import keeping
 
 
 class Peer(Struct, frozen=True, kw_only=True):
@@ -139,6 +140,7 @@ def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
             for peer in crew.peers
         },
         plan=plan,
+        keeping=keeping(rules, plan),
         until=until,
         end=None if stopping else course.end,
         closing="" if stopping else course.closing,

@@ -23,7 +23,7 @@ from ..protocol.failpoints import failpoint
 from ..protocol.plan import Plan
 from . import events as ev
 from .losses import Losses, short_of_quorum
-from .planning import Start, Wait, choose, make_plan
+from .planning import Start, Wait, choose, make_plan, prospects
 from .state import (
     Command,
     Commit,
@@ -43,8 +43,9 @@ from .state import (
     Unpublished,
     Uploaded,
 )
-from .turn import TRANSFER_LEASES, released
+from .turn import TRANSFER_LEASES
 from .verdict import judge
+from .views import keeping
 
 KEPT_MARKS = 50
 
@@ -69,23 +70,6 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
             turn.unpublished(at, why)
     turn.advance()
     return turn.state, turn.commands
-
-
-def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
-    """What this peer should know now; everything it does follows from its newest view."""
-    plan = state.plan
-    return pb.View(
-        phase=state.phase,
-        note=state.note,
-        plan=plan.to_proto() if plan else None,
-        until=state.until,
-        end=state.end or 0,
-        closing=state.closing,
-        committed=state.committed.step,
-        publish=state.publish or 0,
-        publishing=state.publish is not None,
-        released=released(state, peer),
-    )
 
 
 class Machine(Losses):
@@ -162,7 +146,7 @@ class Machine(Losses):
             members = self.state.members
             if self.state.stop_asked:
                 self.close("save")
-            elif any(members[p].leaving for p in plan.peers if p in members) or (self.settled() and self.newcomers()):
+            elif any(members[p].leaving for p in plan.peers if p in members) or (self.settled() and self.are_due()):
                 self.close("round")
         self.grant()
         if self.state.closing == "save" and all(self.has_stop(p) for p in plan.peers):
@@ -193,17 +177,28 @@ class Machine(Losses):
         if how == "save":
             self.journal(ev.Stopping(step=end))
 
-    def newcomers(self) -> bool:
-        """Whether somebody could be seated who is not."""
-        assert self.state.plan is not None
-        smallest = min(need.memory_gb for need in self.rules.needs)
-        return any(
-            p not in self.state.plan.peers
+    def are_due(self) -> bool:
+        """Whether there are newcomers who could be seated, and all of them have their stage, or had time enough."""
+        plan, smallest = self.state.plan, min(need.memory_gb for need in self.rules.needs)
+        assert plan is not None
+        new = {
+            p: m
+            for p, m in self.state.members.items()
+            if p not in plan.peers
             and not m.leaving
             and m.away is None
             and m.memory_gb >= smallest
             and not (p in self.state.barred and self.now < self.state.barred[p].until)
-            for p, m in self.state.members.items()
+        }
+        stages = prospects(self.rules, self.state)
+        late = self.now - self.state.last_join >= self.rules.prepare_seconds
+        return bool(new) and (
+            late
+            or all(
+                p not in stages
+                or (m.prepared is not None and m.prepared.first_layer == self.rules.layers[stages[p]][0])
+                for p, m in new.items()
+            )
         )
 
     def settled(self) -> bool:
@@ -384,8 +379,10 @@ class Machine(Losses):
         plan = make_plan(self.rules, self.state, start)
         self.commands.append(Remember(generation=plan.generation, stop=self.state.stop))
         for member in list(self.state.members.values()):
-            self.member(replace(member, step=mark.step, ready=0))
+            prepared = None if member.peer in plan.peers else member.prepared
+            self.member(replace(member, step=mark.step, ready=0, prepared=prepared))
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
+        self.set(keeping=keeping(self.rules, plan))
         # What is trained anew is evaluated and charted anew; an older mark counts once everybody is ready.
         kept = max(mark.step, state.committed.step)
         self.set(evaluated=min(state.evaluated, kept), charted=min(state.charted, kept))

@@ -66,6 +66,8 @@ def rules_of(config: RunConfig, manifest: Manifest) -> Rules:
         sync=config.sync.resolved(),
         eval=config.eval,
         publish_rounds=config.checkpoint.publish_rounds,
+        prepare_seconds=config.coordinator.prepare_seconds,
+        keepers=config.checkpoint.keepers,
         wait_for=config.coordinator.wait_for,
         lease_seconds=config.coordinator.lease_seconds,
         patience_seconds=config.coordinator.patience_seconds,
@@ -161,9 +163,15 @@ async def _running(
             store.close()
             raise
         server, port = await start_server(place.host, 0, doors.handlers(), certificate)
-    store.set_meta(port=port)
+    known = place.http_port or store.meta("http_port", 0)  # who has the page open finds it again
     try:
-        page, http_port = await web.serve(web.app(board), place.host, place.http_port)
+        try:
+            page, http_port = await web.serve(web.app(board), place.host, known)
+        except StateError:
+            if place.http_port or not known:
+                raise
+            page, http_port = await web.serve(web.app(board), place.host, 0)
+        store.set_meta(port=port, http_port=http_port)
     except Exception:
         await server.stop(None)
         store.close()

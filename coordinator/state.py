@@ -39,6 +39,8 @@ class Rules:
     reroutes: bool = True  # a generation goes on without a replica whose stage has another one
     silence_seconds: float = 15.0  # without a word, before a peer counts as lost
     away_seconds: float = 3.0  # that a peer has to dial again when its line broke
+    prepare_seconds: float = 0.0  # that newcomers may take to fetch their stage, before they are seated without it
+    keepers: int = 0  # peers that keep a redo log of each stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class Member:
     addresses: tuple[str, ...] = ()
     session: bytes = b""
     savepoints: frozenset[SavePoint] = frozenset()
+    held: frozenset[SavePoint] = frozenset()  # of others' stages, as their keeper: without the optimizer's moments
+    prepared: SavePoint | None = None  # a newcomer's, of the stage it will probably get
     joined: float = 0.0
     last_seen: float = 0.0
     leaving: bool = False
@@ -133,6 +137,7 @@ class RunState:
     losses: Mapping[int, Mapping[str, pb.StepDone]] = field(default_factory=dict)
     rounds_done: Mapping[int, Mapping[str, pb.RoundDone]] = field(default_factory=dict)
     evals: Mapping[int, Mapping[str, pb.EvalDone]] = field(default_factory=dict)
+    keeping: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # peer -> others' stages, by the newest plan
 
 
 # What can happen.

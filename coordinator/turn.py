@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from .state import Command, Dismiss, Journal, Member, Point, Rules, RunState
 
 TRANSFER_LEASES = 30  # leases' time that taking over a stage, or publishing it, may take
 STATE_LENGTH = 20  # of the word a worker says of itself
+MOST_HELD = 1000
 FAULT_LENGTH = 300  # of a peer's text, in the log and in everybody's note
 
 
@@ -112,6 +114,12 @@ class Turn(ABC):
             if not member.leaving:
                 self.journal(ev.PeerLeaving(peer=peer, name=member.name))
                 self.member(replace(self.state.members[peer], leaving=True))
+        elif body == "held":
+            self.held(self.state.members[peer], report.held)
+        elif body == "prepared":
+            with contextlib.suppress(WireError):
+                point = SavePoint.from_proto(report.prepared.savepoint)
+                self.member(replace(self.state.members[peer], prepared=point))
         elif body in ("ready", "step_done", "round_done", "eval_done", "saved", "fault"):
             message = getattr(report, body)
             if body == "ready":
@@ -185,14 +193,27 @@ class Turn(ABC):
             return
         self.member(replace(member, savepoints=member.savepoints | {point}))
 
+    def held(self, member: Member, message: pb.Held) -> None:
+        """What a keeper can do again, all of it."""
+        points = set()
+        for savepoint in message.savepoints[:MOST_HELD]:
+            try:
+                points.add(SavePoint.from_proto(savepoint))
+            except WireError:
+                return
+        self.member(replace(member, held=frozenset(p for p in points if p.kind == "round")))
+
     def fault(self, member: Member, message: pb.Fault) -> None:
         what = " ".join(message.text.split())[:FAULT_LENGTH]
         self.journal(ev.Faulted(peer=member.peer, name=member.name, what=what))
         holder, plan = self.state.members.get(message.peer), self.state.plan
         if self.state.phase == "preparing" and holder and plan:  # what the plan starts from is not there after all
             origin = (plan.origin_generation, plan.first_step)
-            kept = frozenset(s for s in holder.savepoints if (s.generation, s.step) != origin)
-            self.member(replace(holder, savepoints=kept))
+            kept, held = (
+                frozenset(s for s in points if (s.generation, s.step) != origin)
+                for points in (holder.savepoints, holder.held)
+            )
+            self.member(replace(holder, savepoints=kept, held=held))
         if self.state.phase == "training" and plan and message.peer and message.peer != member.peer:
             self.parted(member, message.peer, what)
         else:

@@ -243,6 +243,9 @@ class CheckpointConfig(Section, frozen=True, kw_only=True):
 
     save_rounds: Count = 10
     publish_rounds: Count = 50
+    # Peers of other stages that can do a stage's rounds again if all its replicas are lost; 0: none. One replica alone
+    # has one at most, and tells it about 3 bytes a weight: with short rounds, think of 0 or of more workers.
+    keepers: Annotated[int, Meta(ge=0, le=16)] = 2
 
 
 class CoordinatorConfig(Section, frozen=True, kw_only=True):
@@ -259,6 +262,8 @@ class CoordinatorConfig(Section, frozen=True, kw_only=True):
     lease_seconds: Annotated[float, Meta(gt=0)] = 120.0
     # How long to wait for the holders of the newest state before going on from an older one.
     patience_seconds: Annotated[float, Meta(ge=0)] = 120.0
+    # How long newcomers may take to fetch their stage while the others train; then all wait for them.
+    prepare_seconds: Annotated[float, Meta(ge=0)] = 900.0
 
 
 class RunConfig(Section, frozen=True, kw_only=True):

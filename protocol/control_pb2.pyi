@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Up(_message.Message):
-    __slots__ = ("seq", "hello", "ready", "step_done", "round_done", "eval_done", "saved", "leaving", "fault", "heartbeat")
+    __slots__ = ("seq", "hello", "ready", "step_done", "round_done", "eval_done", "saved", "leaving", "fault", "heartbeat", "held", "prepared")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,8 @@ class Up(_message.Message):
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_FIELD_NUMBER: _ClassVar[int]
     seq: int
     hello: Hello
     ready: Ready
@@ -28,7 +30,9 @@ class Up(_message.Message):
     leaving: Leaving
     fault: Fault
     heartbeat: Heartbeat
-    def __init__(self, seq: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_done: _Optional[_Union[RoundDone, _Mapping]] = ..., eval_done: _Optional[_Union[EvalDone, _Mapping]] = ..., saved: _Optional[_Union[Saved, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    held: Held
+    prepared: Prepared
+    def __init__(self, seq: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_done: _Optional[_Union[RoundDone, _Mapping]] = ..., eval_done: _Optional[_Union[EvalDone, _Mapping]] = ..., saved: _Optional[_Union[Saved, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ...) -> None: ...
 
 class Down(_message.Message):
     __slots__ = ("challenge", "welcome", "refuse", "view", "ack")
@@ -181,7 +185,7 @@ class Plan(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., first_step: _Optional[int] = ..., first_sample: _Optional[int] = ..., origin: _Optional[str] = ..., origin_generation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., microbatches: _Optional[int] = ..., microbatch_size: _Optional[int] = ..., lost: _Optional[_Iterable[_Union[Lost, _Mapping]]] = ..., void: _Optional[int] = ...) -> None: ...
 
 class View(_message.Message):
-    __slots__ = ("phase", "note", "plan", "until", "end", "closing", "committed", "publish", "publishing", "released")
+    __slots__ = ("phase", "note", "plan", "until", "end", "closing", "committed", "publish", "publishing", "released", "prospect", "guests", "keep")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +196,9 @@ class View(_message.Message):
     PUBLISH_FIELD_NUMBER: _ClassVar[int]
     PUBLISHING_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
+    PROSPECT_FIELD_NUMBER: _ClassVar[int]
+    GUESTS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     phase: str
     note: str
     plan: Plan
@@ -202,7 +209,26 @@ class View(_message.Message):
     publish: int
     publishing: bool
     released: bool
-    def __init__(self, phase: _Optional[str] = ..., note: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., until: _Optional[int] = ..., end: _Optional[int] = ..., closing: _Optional[str] = ..., committed: _Optional[int] = ..., publish: _Optional[int] = ..., publishing: _Optional[bool] = ..., released: _Optional[bool] = ...) -> None: ...
+    prospect: Prospect
+    guests: _containers.RepeatedCompositeFieldContainer[Replica]
+    keep: _containers.RepeatedCompositeFieldContainer[Keep]
+    def __init__(self, phase: _Optional[str] = ..., note: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., until: _Optional[int] = ..., end: _Optional[int] = ..., closing: _Optional[str] = ..., committed: _Optional[int] = ..., publish: _Optional[int] = ..., publishing: _Optional[bool] = ..., released: _Optional[bool] = ..., prospect: _Optional[_Union[Prospect, _Mapping]] = ..., guests: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., keep: _Optional[_Iterable[_Union[Keep, _Mapping]]] = ...) -> None: ...
+
+class Prospect(_message.Message):
+    __slots__ = ("stage", "point")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    point: SavePoint
+    def __init__(self, stage: _Optional[int] = ..., point: _Optional[_Union[SavePoint, _Mapping]] = ...) -> None: ...
+
+class Keep(_message.Message):
+    __slots__ = ("stage", "rounds")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    rounds: _containers.RepeatedCompositeFieldContainer[SavePoint]
+    def __init__(self, stage: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[SavePoint, _Mapping]]] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("generation", "digest")
@@ -269,6 +295,18 @@ class Saved(_message.Message):
     generation: int
     savepoint: SavePoint
     def __init__(self, generation: _Optional[int] = ..., savepoint: _Optional[_Union[SavePoint, _Mapping]] = ...) -> None: ...
+
+class Held(_message.Message):
+    __slots__ = ("savepoints",)
+    SAVEPOINTS_FIELD_NUMBER: _ClassVar[int]
+    savepoints: _containers.RepeatedCompositeFieldContainer[SavePoint]
+    def __init__(self, savepoints: _Optional[_Iterable[_Union[SavePoint, _Mapping]]] = ...) -> None: ...
+
+class Prepared(_message.Message):
+    __slots__ = ("savepoint",)
+    SAVEPOINT_FIELD_NUMBER: _ClassVar[int]
+    savepoint: SavePoint
+    def __init__(self, savepoint: _Optional[_Union[SavePoint, _Mapping]] = ...) -> None: ...
 
 class Leaving(_message.Message):
     __slots__ = ()

@@ -33,6 +33,7 @@ class Kind(IntEnum):
     MEAN = 4  # the owner's compressed mean, to all
     STATE_REQUEST = 5
     STATE = 6
+    REDO = 8  # the owner's compressed mean, to the stage's keepers
     MISS = 7  # an activation's receiver lacks what a delta is against: once more, without deltas
 
 
@@ -53,6 +54,7 @@ _PURPOSES = {
     Kind.GRADIENT: Purpose.GRADIENT,
     Kind.SHARD: Purpose.WEIGHTS,
     Kind.MEAN: Purpose.WEIGHTS,
+    Kind.REDO: Purpose.WEIGHTS,
     Kind.STATE_REQUEST: Purpose.STATE,
     Kind.STATE: Purpose.STATE,
     Kind.MISS: Purpose.ACTIVATION,

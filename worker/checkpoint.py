@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..protocol.errors import StateError, WireError
+from ..protocol.errors import StateError
 from ..protocol.failpoints import failpoint
 from ..protocol.plan import SavePoint
 from .stage import Owned, State, digest
@@ -30,17 +30,6 @@ KEPT_ROUNDS = 2
 def to_bytes(state: State) -> bytes:
     """A state as safetensors."""
     return safetensors.torch.save(_tensors(state), _metadata(state))
-
-
-def from_bytes(data: bytes, wanted: SavePoint, size: int) -> State:
-    """The state of ``wanted`` from a peer's bytes; ``WireError`` unless it is exactly that, to the digest."""
-    try:
-        tensors = safetensors.torch.load(data)
-        header = data[8 : 8 + int.from_bytes(data[:8], "little")]
-        metadata = _read_metadata(header)
-        return _state(tensors, metadata, wanted, size)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise WireError(f"the state from a peer is not usable: {error}") from None
 
 
 class SavePoints:
@@ -60,7 +49,7 @@ class SavePoints:
             raise StateError(f"{folder}: {error}", hint="Choose a writable folder: --data-dir") from None
         for path in sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns):
             with contextlib.suppress(StateError):
-                self._disk[_point_of(path)] = path
+                self._disk[point_of(path)] = path
 
     def points(self) -> list[SavePoint]:
         with self._lock:
@@ -80,7 +69,7 @@ class SavePoints:
                     point.first_layer,
                     point.last_layer,
                 ) == layers:
-                    state = place if isinstance(place, State) else _load(place, point)
+                    state = place if isinstance(place, State) else load_state(place, point)
                     if state is not None and (not point.digest or digest(state.g) == point.digest):
                         return state
         return None
@@ -94,18 +83,7 @@ class SavePoints:
         point = state.point
         name = f"{point.kind}-{point.generation}-{point.step}-{point.first_layer}-{point.last_layer}.safetensors"
         path = self.folder / name
-        temporary = path.with_suffix(".tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(to_bytes(state))
-                file.flush()
-                failpoint("worker.savepoint.write")
-                os.fsync(file.fileno())
-            failpoint("worker.savepoint.rename")
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise StateError(f"{path}: cannot be written ({error})", hint="Free some space on that disk.") from None
+        write_state(path, state)
         with self._lock:
             self._disk.pop(point, None)
             self._disk[point] = path  # last: the order in which they were written
@@ -127,6 +105,22 @@ class SavePoints:
                 del self._memory[point]
 
 
+def write_state(path: Path, state: State) -> None:
+    """Durably: a temporary file, fsync and a rename. ``StateError`` if the disk refuses."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(to_bytes(state))
+            file.flush()
+            failpoint("worker.savepoint.write")
+            os.fsync(file.fileno())
+        failpoint("worker.savepoint.rename")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StateError(f"{path}: cannot be written ({error})", hint="Free some space on that disk.") from None
+
+
 def _tensors(state: State) -> dict[str, Tensor]:
     return {name: vector for name in VECTORS if (vector := getattr(state, name)) is not None}
 
@@ -146,16 +140,8 @@ def _metadata(state: State) -> dict[str, str]:
     }
 
 
-def _read_metadata(header: bytes) -> dict[str, str]:
-    import json
-
-    metadata = json.loads(header)["__metadata__"]
-    if not isinstance(metadata, dict):
-        raise ValueError("no metadata")
-    return metadata
-
-
-def _point_of(path: Path) -> SavePoint:
+def point_of(path: Path) -> SavePoint:
+    """What a file holds; ``StateError`` if it is damaged or not there."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return _point(file.metadata())
@@ -174,7 +160,8 @@ def _point(metadata: dict[str, str]) -> SavePoint:
     )
 
 
-def _load(path: Path, point: SavePoint) -> State | None:
+def load_state(path: Path, point: SavePoint) -> State | None:
+    """The state of ``point`` from a file; None if it is damaged or another one."""
     try:
         tensors = safetensors.torch.load_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
@@ -187,32 +174,46 @@ def _state(tensors: dict[str, Tensor], metadata: dict[str, str], wanted: SavePoi
     point = _point(metadata)
     if replace(point, digest=b"") != replace(wanted, digest=b""):
         raise ValueError("it is of another step or stage")
-    if wanted.digest and (point.digest != wanted.digest or digest(tensors["g"]) != wanted.digest):
+    if wanted.digest and point.digest != wanted.digest:
         raise ValueError("its weights are not the run's")
-    for name, vector in tensors.items():
-        if name not in VECTORS or vector.dim() != 1 or (name != "feedback" and vector.numel() != size):
-            raise ValueError(f"its {name} has another size")
-        if vector.dtype != torch.float32 or not torch.isfinite(vector).all():
-            raise ValueError(f"its {name} is not made of finite fp32 numbers")
-    if bool((tensors["v"] < 0).any()):
-        raise ValueError("its v, means of squares, has negative numbers")
-    updates, pending = int(metadata["updates"]), int(metadata["pending"])
-    if not (0 <= updates < 2**31 and 0 <= pending < 2**53):
-        raise ValueError("its counts are impossible")
+    if strange := tensors.keys() - set(VECTORS):
+        raise ValueError(f"it has a strange {min(strange)}")
     owned = None
     if metadata["owned"]:
         fragments, replicas, replica = map(int, metadata["owned"].split(":"))
         owned = Owned(fragments=fragments, replicas=replicas, replica=replica)
-    return State(
+    state = State(
         point=point,
         g=tensors["g"],
-        m=tensors["m"],
-        v=tensors["v"],
-        updates=updates,
+        m=tensors.get("m"),
+        v=tensors.get("v"),
+        updates=int(metadata["updates"]),
         x=tensors.get("x"),
         momentum=tensors.get("momentum"),
         unsent=tensors.get("unsent"),
         feedback=tensors.get("feedback"),
         owned=owned,
-        pending=pending,
+        pending=int(metadata["pending"]),
     )
+    check(state, size)
+    return state
+
+
+def check(state: State, size: int) -> None:
+    """``ValueError`` for a state that no stage of ``size`` weights can have; wherever it comes from."""
+    for name in VECTORS:
+        vector = getattr(state, name)
+        if vector is None:
+            continue
+        if vector.dim() != 1 or (name != "feedback" and vector.numel() != size):
+            raise ValueError(f"its {name} has another size")
+        if vector.dtype != torch.float32 or not torch.isfinite(vector).all():
+            raise ValueError(f"its {name} is not made of finite fp32 numbers")
+    if state.v is not None and bool((state.v < 0).any()):
+        raise ValueError("its v, means of squares, has negative numbers")
+    if not (0 <= state.updates < 2**31 and 0 <= state.pending < 2**53):
+        raise ValueError("its counts are impossible")
+    if (state.m is None) != (state.v is None) or (state.m is None and state.updates):
+        raise ValueError("it has half of the optimizer's moments")
+    if state.point.digest and digest(state.g) != state.point.digest:
+        raise ValueError("its weights are not the run's")

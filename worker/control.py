@@ -23,7 +23,7 @@ from ..protocol.frames import Purpose
 from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
 from ..protocol.identity import Identity
 from ..protocol.meter import Meter
-from ..protocol.plan import Plan, SavePoint
+from ..protocol.plan import Plan, Replica, SavePoint
 from ..protocol.ticket import Ticket
 from ..protocol.tls import dial_pinned
 from .offer import Offer
@@ -54,6 +54,11 @@ def view_from(message: pb.View) -> View:
         committed=message.committed,
         publish=message.publish if message.publishing else None,
         released=message.released,
+        kept=tuple((k.stage, tuple(SavePoint.from_proto(p) for p in k.rounds)) for k in message.keep),
+        prospect=(message.prospect.stage, SavePoint.from_proto(message.prospect.point))
+        if message.HasField("prospect")
+        else None,
+        guests=tuple(Replica(peer=r.peer, addresses=tuple(r.addresses)) for r in message.guests),
     )
 
 

@@ -19,19 +19,19 @@ from ..protocol.plan import Plan, SavePoint
 from ..protocol.schedule import fragments, is_applied, is_round
 from . import plan as rules
 from .boundary import Boundary, Memory, Seat
-from .checkpoint import SavePoints, from_bytes
 from .data import Dataset
-from .links import Links, fetch_state
+from .links import Links
 from .mailbox import Fenced, Mailbox, Rerouted
+from .origin import origin
 from .outside import EngineConfig, Headquarters, MissingError, Views
 from .pipeline import Pipeline
 from .plan import Local, View, next_action
 from .stage import Stage, State, digest
+from .states import States
 from .sync import Outcome, Synchronizer, apply
 
 log = logging.getLogger(__name__)
 PUBLISH_PAUSE_SECONDS = 0.5  # after an upload that failed
-STATE_FACTOR = 6  # fp32 vectors in a state, at most
 
 
 class Engine:
@@ -43,11 +43,11 @@ class Engine:
         views: Views,
         links: Links,
         mailbox: Mailbox,
-        points: SavePoints,
+        states: States,
         hq: Headquarters,
     ) -> None:
         self.config, self.views, self.links, self.mailbox = config, views, links, mailbox
-        self.points, self.hq = points, hq
+        self.states, self.points, self.hq = states, states.points, hq
         self.local = Local(peer=config.peer)
         self.sync_rule = config.run.sync.resolved()
         self.stage: Stage | None = None
@@ -56,7 +56,7 @@ class Engine:
         self._synchronizer: Synchronizer | None = None
         self._data: Dataset | None = None
         run = config.run
-        self._memory = Memory(run, points.folder / "reuse") if run.activations.reuse else None
+        self._memory = Memory(run, self.points.folder / "reuse") if run.activations.reuse else None
         self._rounds = ThreadPoolExecutor(1, thread_name_prefix="round")
         self._pending: Future[Outcome] | None = None
         self._since = 0  # samples since the last capture
@@ -142,17 +142,17 @@ class Engine:
             return
         number, replica = plan.places[peer]
         layers = (plan.stages[number].first_layer, plan.stages[number].last_layer)
+        if self.stage is None or (self.stage.first, self.stage.last) != layers:
+            self.stage = self._build(layers)
         try:
             failpoint("worker.seat.fetch")
-            state = self._origin(plan, number, layers)
+            state = origin(self.states, plan, peer, self.stage.size, lambda: self._is_over(plan))
         except MissingError as error:
             log.warning("%s", error)
             self.local = replace(self.local, generation=plan.generation, seated=False)
             self.hq.report(fault=pb.Fault(generation=plan.generation, text=str(error), peer=error.holder))
             return
         failpoint("worker.seat.fetched")
-        if self.stage is None or (self.stage.first, self.stage.last) != layers:
-            self.stage = self._build(layers)
         if state is None:
             fresh = self._build(layers)
             state = fresh.state(
@@ -160,6 +160,7 @@ class Engine:
             )
         self.stage.load(state)
         self.points.keep(state)
+        self.states.recent.most_nbytes = 4 * self.stage.size
         if number == 0 and self._data is None:
             self._data = Dataset(self.hq.corpus())
         seat = self._seat = Seat(plan=plan, stage=number, replica=replica, run=self.config.run_name)
@@ -179,38 +180,9 @@ class Engine:
         self.hq.report(ready=pb.Ready(generation=plan.generation, digest=digest(self.stage.g)))
         self.hq.state = "training"
 
-    def _origin(self, plan: Plan, number: int, layers: tuple[int, int]) -> State | None:
-        """The state a plan starts from: our own, or a donor's; None for a run's beginning."""
-        kind, generation, step = plan.origin, plan.origin_generation, plan.first_step
-        if kind == "init":
-            return None
-        donors = [d.peer for d in plan.stages[number].donors]
-        peer = self.config.peer
-        if peer in donors:
-            state = self.points.find(kind, generation, step, layers)
-            if state is None:
-                raise MissingError(f"our own state of step {step} is damaged or gone", peer)
-            return state
-        point = SavePoint(
-            kind="round",
-            generation=generation,
-            step=step,
-            first_layer=layers[0],
-            last_layer=layers[1],
-            digest=plan.stages[number].digest,
-        )
-        size = self._build(layers).size
-        most = STATE_FACTOR * 4 * size + (1 << 20)
-        for donor in donors:
-            try:
-                data = fetch_state(self.links, self.config.run_name, plan.generation, number, step, donor, most)
-                if data is not None:
-                    return from_bytes(data, point, size).shared()
-                problem = "does not hold it"
-            except WireError as error:
-                problem = str(error)
-            log.warning("the state of step %d from %s: %s", step, donor[:8], problem)
-        raise MissingError(f"the state of step {step} cannot be had from {donors[0][:8]}: {problem}", donors[0])
+    def _is_over(self, plan: Plan) -> bool:
+        view, _ = self.views.newest
+        return self.views.closed or view.plan is None or view.plan.generation != plan.generation
 
     def _build(self, layers: tuple[int, int]) -> Stage:
         return Stage(self.config.run, self.config.manifest.vocab_size, *layers, device=self.config.device)
@@ -273,24 +245,15 @@ class Engine:
         failpoint("worker.round.captured")
         self._in_capture, self._since, self._captured = self._since, 0, done
         self.local = replace(self.local, round=done)
-        generation, synchronizer = self.local.generation, self._synchronizer
+        synchronizer = self._synchronizer
 
         def exchange() -> Outcome:
             outcome = synchronizer.exchange(capture)
             self.points.keep(outcome.state)
             failpoint("worker.round.done")
-            self.hq.report(
-                round_done=pb.RoundDone(
-                    generation=generation,
-                    step=done,
-                    samples=outcome.samples,
-                    digest=outcome.state.point.digest,
-                    base_digest=outcome.base_digest,
-                    nbytes=outcome.nbytes,
-                    seconds=outcome.seconds,
-                    attempt=synchronizer.seat.plan.attempt,
-                )
-            )
+            if outcome.entry is not None:
+                self.states.recent.add(synchronizer.seat.stage, outcome.entry)
+            self.hq.report(round_done=outcome.report(synchronizer.seat.plan.attempt))
             return outcome
 
         self._pending = self._rounds.submit(exchange)

@@ -18,8 +18,10 @@ from ..protocol.meter import INTERNET
 from ..protocol.plan import split_layers, stage_parameters
 from ..protocol.schedule import fragments, is_eval, is_round
 from .boundary import IDS, MARKS, ids_codec
+from .reference import FLIPPED
 from .shards import WEIGHTS, codec_of, layout
 
+LONE_NBYTES = 3.0  # a weight, of a lone replica's round for its keepers (tests/worker/test_redo.py)
 LOOK_AHEAD = 20_000  # steps whose rounds are counted; a longer run goes on like them
 
 
@@ -165,13 +167,19 @@ def round_nbytes(config: RunConfig, n: int, fragment: int, replicas: int, *, ful
     """What all replicas of a stage of ``n`` weights send together in a round of one fragment; ``full``: in the last."""
     sync = config.sync.resolved()
     total = 0.0
+    keepers = min(config.checkpoint.keepers, (config.pipeline.stages - 1) * replicas)
     if replicas == 1:
+        keepers = min(keepers, 1)
+        for piece in layout(n, sync.fragments, 1)[fragment]:
+            weights = piece.end - piece.start
+            spec = TensorSpec(codec=FLIPPED, shape=(weights,), nbytes=round(LONE_NBYTES * weights))
+            total += keepers * frame_nbytes(Kind.REDO, [spec])
         return total
     for a, b in (shard for piece in layout(n, sync.fragments, replicas)[fragment] for shard in piece.shards):
         values = b - a if full else count(b - a, sync.density)
         payload = round(codec_of(sync, full=full).expected(values))
         each = frame_nbytes(Kind.SHARD, [TensorSpec(codec=WEIGHTS, shape=(b - a,), nbytes=payload)])
-        total += 2 * (replicas - 1) * each  # the others' shards to their owner, his mean to them
+        total += (2 * (replicas - 1) + keepers) * each  # the others' shards to their owner, his mean to them and these
     return total
 
 

@@ -1,7 +1,9 @@
 """The way to other peers: what we send goes over channels we dial, everything that arrives into the mailbox.
 
 Each side dials those it sends to, so nobody has to agree on who dials. A channel keeps its order, so rounds and
-states have one of their own beside that of the boundary tensors: a long transfer never holds up a microbatch.
+states have one of their own each beside that of the boundary tensors: a long transfer never holds up a microbatch, nor
+a state a round. States, and what goes to keepers, go when nothing else waits to be sent, belong to no generation, and
+nobody faults anybody for them: who misses something asks elsewhere.
 """
 
 from __future__ import annotations
@@ -10,45 +12,63 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Protocol
 
 from ..protocol.channel import Channel
 from ..protocol.errors import PotluckError, UnreachableError, WireError
 from ..protocol.failpoints import failpoint_async
-from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame
+from ..protocol.frames import Frame, Header, Kind
 from ..protocol.plan import Plan, Replica
 from ..protocol.transport import Transport
+from .inventory import RAW
 from .mailbox import Address, Mailbox
+from .reference import LONE
 from .shards import WEIGHTS
 from .squeeze import SUFFIX
 
 log = logging.getLogger(__name__)
-STATE_PART_NBYTES = 4 << 20
-RAW = "raw"
 BOUNDARY = (Kind.ACTIVATION, Kind.GRADIENT, Kind.MISS)
 ADMISSION_SECONDS = 30.0  # for a peer to hear of the plan that we already know
-Lane = tuple[str, bool]  # peer, and whether it carries boundary tensors
-StateProvider = Callable[[Header], bytes | None]
+STATES = (Kind.STATE_REQUEST, Kind.STATE, Kind.REDO)
+GIVE_WAY_SECONDS = 1.0  # that a piece of a state waits at most while training has something to send
+OnState = Callable[[str, Frame], None]
 
 
 class OnFault(Protocol):
     def __call__(self, generation: int, peer: str, text: str) -> None: ...
 
 
+class Load(Enum):
+    """What a lane carries."""
+
+    BOUNDARY = "boundary"
+    ROUND = "round"
+    STATE = "state"
+
+
+def load_of(kind: Kind) -> Load:
+    return Load.BOUNDARY if kind in BOUNDARY else Load.STATE if kind in STATES else Load.ROUND
+
+
+Lane = tuple[str, Load]  # to a peer
+
+
 class Links:
     """Owned by the event loop; ``post`` and ``take`` are for the computing threads."""
 
-    def __init__(self, mailbox: Mailbox, provide: StateProvider, on_fault: OnFault) -> None:
-        self.mailbox, self.provide, self.on_fault = mailbox, provide, on_fault
+    def __init__(self, mailbox: Mailbox, on_state: OnState, on_fault: OnFault) -> None:
+        """``on_state`` is told of all frames about states, in the loop; it may raise ``WireError``."""
+        self.mailbox, self.on_state, self.on_fault = mailbox, on_state, on_fault
         self.plan: Plan | None = None
         self._transport: Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._addresses: dict[str, tuple[str, ...]] = {}
+        self._guests: tuple[Replica, ...] = ()
         self._outboxes: dict[Lane, asyncio.Queue[Frame]] = {}
         self._tasks: dict[Lane, asyncio.Task[None]] = {}
         self._readers: set[asyncio.Task[None]] = set()
-        self._early: dict[str, Header] = {}  # asked for a state by a plan that has not reached us yet
-        self._served: set[tuple[str, int]] = set()  # who got its state in which generation
+        self._channels: dict[Lane, Channel] = {}
 
     async def start(self, transport: Transport) -> list[str]:
         """Listens; returns the addresses to announce."""
@@ -72,20 +92,25 @@ class Links:
         on without somebody."""
         same = self.plan is not None and plan.generation == self.plan.generation
         self.plan = plan
-        donors = () if same else tuple(d for stage in plan.stages for d in stage.donors)
-        self._reach([*(r for replicas in plan.replicas for r in replicas), *donors])
+        self._reach()
         if plan.lost:
             self.mailbox.reroute(plan)
-        if same:
-            return
-        self.mailbox.fence(plan.generation)
-        early, self._early = self._early, {}
-        self._served = {(p, g) for p, g in self._served if g >= plan.generation}
-        for peer, request in early.items():
-            self._keep(asyncio.create_task(self._serve(peer, request)))
+        if not same:
+            self.mailbox.fence(plan.generation)
 
-    def _reach(self, replicas: Sequence[Replica]) -> None:
+    def host(self, guests: tuple[Replica, ...]) -> None:
+        """Lets newcomers in, who have no part in the plan yet and ask for its states."""
+        if guests != self._guests:
+            self._guests = guests
+            self._reach()
+
+    def _reach(self) -> None:
         """Who may come in, and where to dial them; the ways to all others end."""
+        replicas: list[Replica] = list(self._guests)
+        if self.plan is not None:
+            gone = {lost.peer for lost in self.plan.lost}
+            parts = (r for s in self.plan.stages for r in (*s.replicas, *s.donors))
+            replicas += [r for r in parts if r.peer not in gone]
         moved = {r.peer for r in replicas if self._addresses.get(r.peer, r.addresses) != r.addresses}
         self._addresses = {r.peer: r.addresses for r in replicas}
         for lane in [x for x in self._tasks if x[0] not in self._addresses or x[0] in moved]:
@@ -108,17 +133,30 @@ class Links:
     # In the loop.
 
     def _enqueue(self, peer: str, frame: Frame) -> None:
-        if self.plan is None or frame.header.generation != self.plan.generation or peer not in self._addresses:
+        lane = peer, load_of(frame.header.kind)
+        if peer not in self._addresses or not self._is_current(lane, frame):
             return
-        lane = peer, frame.header.kind in BOUNDARY
         task = self._tasks.get(lane)
         if task is None or task.done():
             self._outboxes[lane] = asyncio.Queue()
-            self._tasks[lane] = asyncio.create_task(self._send_all(peer, self._outboxes[lane]))
+            self._tasks[lane] = asyncio.create_task(self._send_all(lane, self._outboxes[lane]))
         self._outboxes[lane].put_nowait(frame)
 
-    async def _send_all(self, peer: str, outbox: asyncio.Queue[Frame]) -> None:
+    def _is_current(self, lane: Lane, frame: Frame) -> bool:
+        if lane[1] is Load.STATE:
+            return True
+        return self.plan is not None and frame.header.generation == self.plan.generation
+
+    async def _give_way(self) -> None:
+        """Until nothing of training's is on its way, or it was long enough."""
+        with contextlib.suppress(TimeoutError, PotluckError):
+            async with asyncio.timeout(GIVE_WAY_SECONDS):
+                for channel in [c for (_, load), c in self._channels.items() if load is not Load.STATE]:
+                    await channel.drain()
+
+    async def _send_all(self, lane: Lane, outbox: asyncio.Queue[Frame]) -> None:
         """A lane's life: dials when there is something to send, and again after a channel that ended at rest."""
+        peer, load = lane
         channel: Channel | None = None
         ended: asyncio.Task[Frame] | None = None
         waiting = asyncio.ensure_future(outbox.get())
@@ -133,9 +171,11 @@ class Links:
                     continue
                 frame = waiting.result()
                 waiting = asyncio.ensure_future(outbox.get())
-                if self.plan is not None and frame.header.generation == self.plan.generation:
+                if self._is_current(lane, frame):
+                    if load is Load.STATE:
+                        await self._give_way()
                     if channel is None:
-                        channel = await self._dial(peer)
+                        channel = self._channels[lane] = await self._dial(peer)
                         ended = asyncio.create_task(channel.recv())  # nobody answers here: it ends with the channel
                     await failpoint_async("worker.link.send", UnreachableError)
                     await channel.send(frame)
@@ -144,10 +184,14 @@ class Links:
         except Exception as error:
             if not isinstance(error, PotluckError):
                 log.exception("the way to %s broke", peer[:8])
-            if self.plan is not None:
+            if load is Load.STATE:
+                log.info("no state goes to %s or is asked for there: %s", peer[:8], error)
+            elif self.plan is not None:
                 self.on_fault(self.plan.generation, peer, f"cannot send to {peer[:8]}: {error}")
         finally:
             waiting.cancel()
+            if self._channels.get(lane) is channel:
+                self._channels.pop(lane, None)
             if ended is not None:
                 ended.cancel()
                 await asyncio.gather(ended, return_exceptions=True)
@@ -178,8 +222,8 @@ class Links:
                 frame = await channel.recv()
                 await failpoint_async("worker.link.receive", WireError)
                 header = frame.header
-                if header.kind == Kind.STATE_REQUEST:
-                    await self._serve(channel.peer_id, header)
+                if header.kind in STATES:
+                    self.on_state(channel.peer_id, frame)
                 else:
                     if not self.mailbox.put(Address.of(header, channel.peer_id), frame):
                         raise WireError(f"{channel.peer_id[:8]} sends more than anybody asked for")
@@ -189,84 +233,14 @@ class Links:
         except PotluckError:
             pass  # the other side dials again if it has more to say
 
-    async def _serve(self, peer: str, request: Header) -> None:
-        """Sends a newcomer the state it asks for, in parts; one empty part if it is not here."""
-        if self.plan is None or request.generation > self.plan.generation:
-            self._early[peer] = request
-            return
-        if (peer, request.generation) in self._served or request.generation < self.plan.generation:
-            return
-        self._served.add((peer, request.generation))
-        data = await asyncio.to_thread(self.provide, request) or b""
-        for frame in state_frames(request, data):
-            self._enqueue(peer, frame)
-
-
-def request_frame(run: bytes, generation: int, stage: int, step: int) -> Frame:
-    """Asks a donor for the state that a plan starts from."""
-    return make_frame(
-        payload=b"",
-        kind=Kind.STATE_REQUEST,
-        run=run,
-        generation=generation,
-        step=step,
-        stage=stage,
-        microbatch=0,
-        part=0,
-        attempt=0,
-        tensors=(),
-        targets=0,
-        dense_nbytes=0,
-    )
-
-
-def state_frames(request: Header, data: bytes) -> list[Frame]:
-    """``data`` cut into frames; ``targets`` of each says how many bytes there are in all."""
-    cuts = range(0, max(1, len(data)), STATE_PART_NBYTES)
-    return [
-        make_frame(
-            payload=(piece := data[start : start + STATE_PART_NBYTES]),
-            kind=Kind.STATE,
-            run=request.run,
-            generation=request.generation,
-            step=request.step,
-            stage=request.stage,
-            microbatch=0,
-            part=part,
-            attempt=0,
-            tensors=(TensorSpec(codec=RAW, shape=(len(piece),), nbytes=len(piece)),),
-            targets=len(data),
-            dense_nbytes=0,
-        )
-        for part, start in enumerate(cuts)
-    ]
-
-
-def fetch_state(
-    links: Links, run: bytes, generation: int, stage: int, step: int, donor: str, most_nbytes: int
-) -> bytes | None:
-    """A stage's state from one donor, as bytes; None if it has none. Blocks; for a computing thread."""
-    links.post(donor, request_frame(run, generation, stage, step))
-    data, part, total = bytearray(), 0, 1
-    while len(data) < total:
-        _, frame = links.take([Address(generation, Kind.STATE, step, part, 0, donor)])
-        total = frame.header.targets
-        if total > most_nbytes:
-            raise WireError(f"a state of {total} bytes, at most {most_nbytes} fit the stage")
-        if not frame.payload:
-            return None
-        data += frame.payload
-        part += 1
-    return bytes(data)
-
 
 def frame_check(
-    run: bytes, boundary: Callable[[Header], None], weights_nbytes: Callable[[int], int], most: int
+    run: bytes, boundary: Callable[[Header], None], weights_nbytes: Callable[[int], int], most: int, state_nbytes: int
 ) -> Callable[[Header], None]:
     """What may come in at all: this run's frames, of sizes that its shapes and codecs allow.
 
     ``weights_nbytes(n)`` is the longest payload of a round's piece for n weights; ``most`` the weights of the largest
-    piece.
+    piece, ``state_nbytes`` the longest payload of a state's piece.
     """
 
     def check(header: Header) -> None:
@@ -283,9 +257,12 @@ def frame_check(
             raise WireError(f"{header.kind.name.lower()} with a strange payload")
         tensor, n = header.tensors[0], header.tensors[0].shape[0]
         if header.kind == Kind.STATE:
-            if tensor.codec != RAW or tensor.nbytes != n or n > STATE_PART_NBYTES:
-                raise WireError(f"a part of a state of {tensor.nbytes} bytes")
-        elif n > most or tensor.codec not in (WEIGHTS, WEIGHTS + SUFFIX) or tensor.nbytes > weights_nbytes(n):
+            if tensor.codec != RAW or tensor.nbytes != n or n > state_nbytes:
+                raise WireError(f"a piece of a state of {tensor.nbytes} bytes")
+            return
+        codec = tensor.codec.removesuffix(SUFFIX)
+        longest = weights_nbytes(n) if codec == WEIGHTS else 4 * n if codec in LONE and header.kind == Kind.REDO else 0
+        if n > most or tensor.nbytes > longest:
             raise WireError(f"a round's piece for {n} weights in {tensor.nbytes} bytes")
 
     return check

@@ -41,6 +41,7 @@ class WorkerConfig:
     threads: int = 0  # half of the cores
     speed: float = 1.0
     device: str = "auto"  # a GPU if torch finds one
+    state_mbps: float = 50.0  # of the line, each way, for states of stages that peers take over; 0: no limit
 
     def decided(self, ticket: Ticket, identity: Identity) -> WorkerConfig:
         """Everything filled in but ``device``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..protocol.config import RunConfig
-from ..protocol.plan import Plan
+from ..protocol.plan import Plan, Replica, SavePoint
 from ..protocol.schedule import is_eval
 
 
@@ -22,6 +22,9 @@ class View:
     committed: int = 0
     publish: int | None = None
     released: bool = False
+    kept: tuple[tuple[int, tuple[SavePoint, ...]], ...] = ()  # others' stages, and their newest rounds, newest first
+    prospect: tuple[int, SavePoint] | None = None  # a newcomer's stage, probably, and the newest round of it
+    guests: tuple[Replica, ...] = ()  # newcomers who will ask for our state
 
 
 @dataclass(frozen=True, kw_only=True)

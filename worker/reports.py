@@ -7,6 +7,7 @@ from collections import deque
 from ..protocol import control_pb2 as pb
 
 REPEATED = ("ready", "step_done", "round_done", "eval_done", "saved")
+STANDING = ("held", "prepared")  # of no generation: the newest is what counts
 KEPT = 8  # of each kind: more than anybody can be ahead of the slowest
 
 
@@ -20,6 +21,7 @@ class Reports:
         self._seq = self._acked = self._generation = 0
         self._waiting: list[pb.Up] = []
         self._said: dict[str, deque[pb.Up]] = {}
+        self._standing: dict[str, pb.Up] = {}
 
     def __bool__(self) -> bool:
         """Whether anything is not acknowledged."""
@@ -30,7 +32,9 @@ class Reports:
         up = pb.Up(seq=self._seq, **body)  # type: ignore[arg-type]
         self._waiting.append(up)
         kind = up.WhichOneof("body")
-        if kind in REPEATED:
+        if kind in STANDING:
+            self._standing[kind] = up
+        elif kind in REPEATED:
             generation = getattr(up, kind).generation
             if generation > self._generation:
                 self._generation, self._said = generation, {}
@@ -48,7 +52,9 @@ class Reports:
     def welcomed(self, acked: int) -> None:
         """A coordinator that has less on record than it acknowledged is another one: it is told again."""
         if acked < self._acked:
-            again = {up.seq: up for kept in (*self._said.values(), self._waiting) for up in kept}
+            again = {
+                up.seq: up for kept in (*self._said.values(), self._standing.values(), self._waiting) for up in kept
+            }
             self._waiting = [again[seq] for seq in sorted(again)]
             self._acked = 0
         self.acknowledged(acked)

@@ -19,7 +19,7 @@ from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.errors import CapacityError, PotluckError, RefusedError, StateError
 from ..protocol.failpoints import failpoint
-from ..protocol.frames import Header, Purpose
+from ..protocol.frames import Frame, Header, Purpose
 from ..protocol.grpc_transport import GrpcTransport
 from ..protocol.identity import Identity
 from ..protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest
@@ -29,16 +29,19 @@ from ..protocol.plan import split_layers, stage_parameters
 from ..protocol.ticket import Ticket
 from ..protocol.tls import Certificate
 from ..protocol.transport import TransportConfig
+from . import inventory
 from .boundary import boundary_check
-from .checkpoint import SavePoints, to_bytes
+from .checkpoint import SavePoints
 from .control import Control
 from .engine import Engine
+from .keeper import Keeper
 from .links import Links, frame_check
 from .mailbox import Mailbox
 from .offer import Say, WorkerConfig
 from .outside import EngineConfig, Views
 from .plan import View
 from .shards import MOST_WEIGHTS, most_nbytes
+from .states import States
 from .warm import warm
 
 log = logging.getLogger(__name__)
@@ -54,9 +57,11 @@ class Session:
         self.folder = config.data_dir / "runs" / ticket.run
         self.run_name = hashlib.sha256(ticket.run.encode()).digest()[:8]
         self.points, self.views, self.mailbox = SavePoints(self.folder), Views(), Mailbox()
-        self.links = Links(self.mailbox, self.provide, self.fault)
+        self.links = Links(self.mailbox, self.on_state, self.fault)
+        self.states = States(self.run_name, self.points, self.layers_of, self.links.post, config.state_mbps)
         self.control = Control(ticket, identity, meter, self.points.points, self.follow)
         self._checks: list[Callable[[Header], None]] = []
+        self._layers: list[tuple[int, int]] = []
         self._told = ""
 
     async def run(self, leave: asyncio.Event) -> str:
@@ -101,6 +106,7 @@ class Session:
             self.mailbox.close()
             if thread is not None:
                 await asyncio.to_thread(thread.join, JOIN_SECONDS)
+            await asyncio.to_thread(self.states.close)
             await self.links.close()
             await self.control.close()  # last: what the links cost to the end is in its last totals
 
@@ -109,12 +115,12 @@ class Session:
         run = msgspec.json.decode(welcome.config, type=RunConfig)
         manifest = Manifest.decode(welcome.manifest.encode(), "the coordinator's manifest")
         shape = {"d_model": run.model.d_model, "vocab_size": manifest.vocab_size}
-        layers = split_layers(run.model.layers, run.pipeline.stages, **shape)
-        most = max(stage_parameters(a, b, run.model.layers, **shape) for a, b in layers)
+        self._layers = split_layers(run.model.layers, run.pipeline.stages, **shape)
+        most = max(stage_parameters(a, b, run.model.layers, **shape) for a, b in self._layers)
         boundary = boundary_check(run, manifest.vocab_size)
-        self._checks.append(
-            frame_check(self.run_name, boundary, partial(most_nbytes, run.sync.resolved()), min(most, MOST_WEIGHTS))
-        )
+        weights = partial(most_nbytes, run.sync.resolved())
+        states = inventory.most_nbytes(most)
+        self._checks.append(frame_check(self.run_name, boundary, weights, min(most, MOST_WEIGHTS), states))
         self.say(f"joined run {run.name} as {self.config.name} ({self.identity.peer_id[:8]})")
         config = EngineConfig(
             run=run,
@@ -123,8 +129,13 @@ class Session:
             peer=self.identity.peer_id,
             device=self.config.device,
         )
+        sizes = [stage_parameters(a, b, run.model.layers, **shape) for a, b in self._layers]
+        self.states.prepare(run, sizes, self.control.report)
+        if run.checkpoint.keepers:
+            keeper = Keeper(run, self._layers, sizes, self.folder, self.control.report)
+            self.states.keep(keeper, manifest.vocab_size)
         coordinator = Coordinator(self.control, self.folder / "corpus", manifest)
-        return Engine(config, self.views, self.links, self.mailbox, self.points, coordinator)
+        return Engine(config, self.views, self.links, self.mailbox, self.states, coordinator)
 
     # What the network calls.
 
@@ -133,15 +144,11 @@ class Session:
         for check in self._checks:
             check(header)
 
-    def provide(self, request: Header) -> bytes | None:
-        """The state of a stage that the current plan starts from, for a newcomer."""
-        plan = self.links.plan
-        if plan is None or request.stage >= len(plan.stages) or request.step != plan.first_step:
-            return None
-        stage = plan.stages[request.stage]
-        state = self.points.find("round", plan.origin_generation, request.step, (stage.first_layer, stage.last_layer))
-        failpoint("worker.state.serve")
-        return None if state is None else to_bytes(state.shared())
+    def on_state(self, peer: str, frame: Frame) -> None:
+        self.states.put(peer, frame)
+
+    def layers_of(self, stage: int) -> tuple[int, int]:
+        return self._layers[stage]
 
     def fault(self, generation: int, peer: str, text: str) -> None:
         log.warning("%s", text)
@@ -156,6 +163,8 @@ class Session:
             self.links.follow(plan)
         elif plan is None and known is not None:
             self.mailbox.fence(known.generation + 1)
+        self.links.host(view.guests)
+        self.states.follow(view)
         self.views.put(view)
         line = self.wording(view)
         if line and line != self._told:

@@ -31,12 +31,14 @@ class State:
     """A stage at rest. All vectors are fp32 of length n and never written to once they are in a ``State``.
 
     ``x``, ``unsent``, ``feedback`` and ``pending`` are this replica's own; the rest is what a newcomer needs.
+    Without ``m`` and ``v`` (nobody who trained them is left) the moments begin anew at zero: AdamW corrects its bias
+    from there, and the learning rate goes on by the run's steps.
     """
 
     point: SavePoint
     g: Tensor
-    m: Tensor
-    v: Tensor
+    m: Tensor | None
+    v: Tensor | None
     updates: int  # optimizer updates behind m and v
     x: Tensor | None = None  # None: equal to g
     momentum: Tensor | None = None  # of the outer optimizer
@@ -81,7 +83,8 @@ class Stage:
         self.x, self.grad, self.m, self.v = (torch.zeros(n, device=self.device) for _ in range(4))
         self.momentum: Tensor | None = None
         self.unsent: Tensor | None = None
-        self.updates = 0
+        self.updates = 0  # behind the moments
+        self.steps = 0  # of the run: what the learning rate goes by
         c = config.optimizer
         self.optimizer = torch.optim.AdamW(
             parameters, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, fused=True
@@ -107,11 +110,14 @@ class Stage:
     def update(self, targets: int) -> None:
         """One AdamW update with the gradient of the mean loss over ``targets``, then a cleared gradient."""
         self.grad.div_(max(1, targets))
-        rate = learning_rate(self.config.optimizer, self.config.steps, self.updates)
+        rate = learning_rate(self.config.optimizer, self.config.steps, self.steps)
+        if self.updates < self.steps:  # moments that began anew: their first updates are as large as at a run's start
+            rate *= min(1.0, (self.updates + 1) / max(1, self.config.optimizer.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.updates += 1
+        self.steps += 1
         self.grad.zero_()
 
     def state(self, point: SavePoint, *, pending: int = 0) -> State:
@@ -136,11 +142,11 @@ class Stage:
         """Takes over a state made for the same layers."""
         self.g.copy_(state.g)
         self.x.copy_(state.g if state.x is None else state.x)
-        self.m.copy_(state.m)
-        self.v.copy_(state.v)
+        for own, kept in ((self.m, state.m), (self.v, state.v)):
+            own.zero_() if kept is None else own.copy_(kept)
         self.momentum = None if state.momentum is None else state.momentum.to(self.device, copy=True)
         self.unsent = None if state.unsent is None else state.unsent.to(self.device, copy=True)
-        self.updates = state.updates
+        self.updates, self.steps = state.updates, state.point.step
         for entry in self.optimizer.state.values():
             entry["step"].fill_(state.updates)
         self.grad.zero_()

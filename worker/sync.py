@@ -25,17 +25,20 @@ from ..compression.feedback import ErrorFeedback
 from ..compression.mask import Mask
 from ..compression.mean import MAX_WEIGHT, weighted_mean
 from ..compression.sync import Encoded, Sparse, SyncCodec
+from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.errors import DivergedError, WireError
 from ..protocol.failpoints import failpoint
 from ..protocol.frames import Frame, Kind, TensorSpec, make_frame
+from ..protocol.keepers import keepers_of
 from ..protocol.plan import SavePoint
-from ..protocol.schedule import draw, turn
 from .boundary import Seat
 from .mailbox import Address
 from .pipeline import Wire
+from .redo import Entry, Payload
+from .reference import ALONE, FLIPPED, Rule, packed
 from .shards import WEIGHTS, Piece, codec_of, layout
-from .squeeze import release, squeeze
+from .squeeze import squeeze
 from .stage import Owned, Stage, State, digest
 
 
@@ -59,6 +62,21 @@ class Outcome:
     samples: int
     nbytes: int
     seconds: float
+    entry: Entry | None = None  # to do it again from; None where nobody keeps any
+
+    def report(self, attempt: int) -> pb.RoundDone:
+        """For the coordinator, who decides whether it counts."""
+        point = self.state.point
+        return pb.RoundDone(
+            generation=point.generation,
+            step=point.step,
+            samples=self.samples,
+            digest=point.digest,
+            base_digest=self.base_digest,
+            nbytes=self.nbytes,
+            seconds=self.seconds,
+            attempt=attempt,
+        )
 
 
 class Synchronizer:
@@ -68,7 +86,10 @@ class Synchronizer:
         """``state``: what the seat was taken with; None when the generation goes on without one of the replicas."""
         self.config, self.seat, self.wire = config, seat, wire
         self.sync = config.sync.resolved()
+        self.rule = Rule(sync=self.sync, seed=config.seed, stage=seat.stage)
         self.peers = [r.peer for r in seat.plan.replicas[seat.stage]]
+        self.kept = config.checkpoint.keepers > 0
+        self.keepers = keepers_of(seat.plan, seat.stage, config.checkpoint.keepers)
         self.pieces = layout(stage.size, self.sync.fragments, len(self.peers))
         self.owned = Owned(fragments=self.sync.fragments, replicas=len(self.peers), replica=seat.replica)
         mine = [piece.shards[seat.replica] for pieces in self.pieces for piece in pieces]
@@ -117,13 +138,19 @@ class Synchronizer:
             momentum = torch.zeros_like(g) if momentum is None else momentum.clone()
         if self.sync.feedback == "explicit":
             unsent = torch.zeros_like(g) if unsent is None else unsent.clone()
-        for piece, mean, residual, sent_nbytes in self._averages(capture, x, g, unsent):
+        payloads: list[Payload] = []
+        for piece, mean, residual, sent_nbytes in self._averages(capture, x, g, unsent, payloads):
             here = slice(piece.start, piece.end)
             nbytes += sent_nbytes
-            if len(self.peers) == 1 and self.sync.outer_lr == 1.0 and momentum is None and unsent is None:
+            exact = self.sync.outer_lr == 1.0 and momentum is None and unsent is None
+            if len(self.peers) == 1 and self.kept:
+                nbytes += self._tell(
+                    piece, packed(x[here], g[here]) if exact else packed(mean), exact, payloads, capture
+                )
+            if len(self.peers) == 1 and exact:
                 g[here] = x[here]  # not g + (x - g), which rounds
             else:
-                g[here].add_(self._outer(mean, None if momentum is None else momentum[here]))
+                self.rule.advance(g[here], None if momentum is None else momentum[here], mean)
             x[here] = g[here]
             if unsent is not None:
                 unsent[here] = residual
@@ -136,21 +163,35 @@ class Synchronizer:
             raise WireError("a round that makes weights infinite")
         point = replace(before.point, digest=digest(g))
         after = self.owing(replace(before, point=point, g=g, x=x, momentum=momentum, unsent=unsent))
+        base_digest = digest(before.g)
+        entry = Entry(
+            generation=point.generation,
+            attempt=self.seat.plan.attempt,
+            step=point.step,
+            fragments=capture.fragments,
+            replicas=len(self.peers),
+            full=capture.full,
+            base_digest=base_digest,
+            digest=point.digest,
+            payloads=tuple(payloads),
+        )
         return Outcome(
             state=after,
             shift=x - before.x,
-            base_digest=digest(before.g),
+            base_digest=base_digest,
+            entry=entry if self.kept else None,
             samples=capture.samples,
             nbytes=nbytes,
             seconds=time.perf_counter() - started,
         )
 
     def _averages(
-        self, capture: Capture, x: Tensor, g: Tensor, unsent: Tensor | None
+        self, capture: Capture, x: Tensor, g: Tensor, unsent: Tensor | None, payloads: list[Payload]
     ) -> Iterator[tuple[Piece, Tensor, Tensor, int]]:
         """Reduce-scatter and all-gather, piece by piece, the next one on its way meanwhile.
 
-        Gives the mean of what was sent (zero where nobody sent anything), what of ours was not, and bytes sent.
+        Gives the mean of what was sent (zero where nobody sent anything), what of ours was not, and bytes sent; puts
+        what the owners decided into ``payloads``.
         """
         pieces = [piece for f in capture.fragments for piece in self.pieces[f]]
         going: list[tuple[Piece, Tensor, Sparse, int]] = []
@@ -167,7 +208,7 @@ class Synchronizer:
                 failpoint("worker.round.shard_sent")
             if going and (piece is None or len(going) > 1):
                 first, residual, own, nbytes = going.pop(0)
-                mean, more = self._gather(first, own, capture)
+                mean, more = self._gather(first, own, capture, payloads)
                 yield first, mean, residual, nbytes + more
 
     def _scatter(self, piece: Piece, residual: Tensor, capture: Capture) -> tuple[Sparse, int]:
@@ -181,11 +222,12 @@ class Synchronizer:
             if j == self.seat.replica:
                 own = encoded.sent
             else:
-                nbytes += self._post(j, Kind.SHARD, piece, end - start, encoded.payload, capture)
+                payload = self._squeezed(WEIGHTS, encoded.payload)
+                nbytes += self._post(self.peers[j], Kind.SHARD, piece, end - start, payload, capture)
         assert own is not None
         return own, nbytes
 
-    def _gather(self, piece: Piece, own: Sparse, capture: Capture) -> tuple[Tensor, int]:
+    def _gather(self, piece: Piece, own: Sparse, capture: Capture, payloads: list[Payload]) -> tuple[Tensor, int]:
         """Decides our shard's mean, sends it to all, and takes everybody's; the piece's mean, and bytes sent."""
         codec, replica, nbytes = codec_of(self.sync, full=capture.full), self.seat.replica, 0
         step, mine = capture.state.point.step, self._mask(piece, replica, capture)
@@ -193,23 +235,35 @@ class Synchronizer:
         for i in range(len(self.peers)):
             if i != replica:
                 frame = self._take(Kind.SHARD, step, piece, i)
-                received.append((self._decoded(codec, frame, mine.count), self._weight(frame, i, step)))
+                received.append((self._decoded(frame, mine.count, capture), self._weight(frame, i, step)))
         failpoint("worker.round.shards_taken")
         feedback = self.feedback[piece.number]
         owed = feedback.compensated(mine, weighted_mean(received, mine.count))
-        decided = self._encoded(codec, owed)
-        feedback.keep(mine, owed, decided.sent)
-        for i in range(len(self.peers)):
-            if i != replica:
-                nbytes += self._post(i, Kind.MEAN, piece, mine.n, decided.payload, capture)
+        encoded = self._encoded(codec, owed)
+        feedback.keep(mine, owed, encoded.sent)
+        payload = self._squeezed(WEIGHTS, encoded.payload)
+        for kind, peers in ((Kind.MEAN, self.peers), (Kind.REDO, self.keepers)):
+            for peer in peers:
+                if peer != self.peers[replica]:
+                    nbytes += self._post(peer, kind, piece, mine.n, payload, capture)
         failpoint("worker.round.mean_sent")
-        mean = torch.zeros(piece.end - piece.start)
-        for j, (start, end) in enumerate(piece.shards):
-            mask, sent = self._mask(piece, j, capture), decided.sent
-            if j != replica:
-                sent = self._decoded(codec, self._take(Kind.MEAN, step, piece, j), mask.count)
-            mask.put(mean[start - piece.start : end - piece.start], sent.dense(mask.count))
-        return mean, nbytes
+        decided = []
+        for j in range(len(self.peers)):
+            if j == replica:
+                payloads.append(payload)
+                decided.append(encoded.sent)
+            else:
+                frame = self._take(Kind.MEAN, step, piece, j)
+                payloads.append((frame.header.tensors[0].codec, frame.payload))
+                decided.append(self._decoded(frame, self._mask(piece, j, capture).count, capture))
+        return self.rule.mean(piece, decided, step, full=capture.full), nbytes
+
+    def _tell(self, piece: Piece, data: bytes, exact: bool, payloads: list[Payload], capture: Capture) -> int:
+        """What a lone replica's keepers need of a piece: nobody else decides it, so it goes as it is; bytes sent."""
+        payload = self._squeezed(FLIPPED if exact else ALONE, data)
+        payloads.append(payload)
+        length = piece.end - piece.start
+        return sum(self._post(peer, Kind.REDO, piece, length, payload, capture) for peer in self.keepers)
 
     def _weight(self, frame: Frame, i: int, step: int) -> int:
         """The samples that replica ``i`` says it has trained on since the last round: the plan knows better."""
@@ -223,22 +277,7 @@ class Synchronizer:
         return weight
 
     def _mask(self, piece: Piece, owner: int, capture: Capture) -> Mask:
-        """Which of an owner's weights a round opens; it moves on from round to round."""
-        start, end = piece.shards[owner]
-        seed = draw(self.config.seed, "mask", self.seat.stage, piece.number, owner) % 2**63
-        at = turn(self.sync, self.config.seed, capture.state.point.step - 1, piece.fragment)
-        return Mask(end - start, 1.0 if capture.full else self.sync.density, seed, at)
-
-    def _outer(self, mean: Tensor, momentum: Tensor | None) -> Tensor:
-        """The outer optimizer's step: along the mean, or Nesterov's as in DiLoCo. Writes to both of its arguments.
-
-        Each product is rounded by itself: torch's ``alpha`` is a fused multiply-add on some CPUs and two roundings on
-        others, and all replicas must come to the same bits.
-        """
-        if momentum is not None:
-            momentum.mul_(self.sync.outer_momentum).add_(mean)
-            mean.add_(momentum * self.sync.outer_momentum)
-        return mean.mul_(self.sync.outer_lr)
+        return self.rule.mask(piece, owner, capture.state.point.step, full=capture.full)
 
     def _encoded(self, codec: SyncCodec, values: Tensor) -> Encoded:
         try:
@@ -246,17 +285,13 @@ class Synchronizer:
         except CodecError as error:
             raise DivergedError(str(error)) from None
 
-    def _decoded(self, codec: SyncCodec, frame: Frame, count: int) -> Sparse:
+    def _decoded(self, frame: Frame, count: int, capture: Capture) -> Sparse:
         (spec,) = frame.header.tensors
-        try:
-            return codec.decode(release(spec.codec, frame.payload, codec.bound(count)), count)
-        except CodecError as error:
-            raise WireError(f"a round's piece cannot be decoded: {error}") from None
+        return self.rule.decoded(spec.codec, frame.payload, count, full=capture.full)
 
-    def _post(self, to: int, kind: Kind, piece: Piece, length: int, payload: bytes, capture: Capture) -> int:
-        seat, codec = self.seat, WEIGHTS
-        if self.config.zstd:
-            codec, payload = squeeze(codec, payload)
+    def _post(self, to: str, kind: Kind, piece: Piece, length: int, payload: Payload, capture: Capture) -> int:
+        seat = self.seat
+        codec, data = payload
         frame = make_frame(
             kind=kind,
             run=seat.run,
@@ -266,13 +301,16 @@ class Synchronizer:
             microbatch=seat.replica,
             part=piece.number,
             attempt=seat.plan.attempt,
-            tensors=(TensorSpec(codec=codec, shape=(length,), nbytes=len(payload)),),
+            tensors=(TensorSpec(codec=codec, shape=(length,), nbytes=len(data)),),
             targets=capture.samples if kind == Kind.SHARD else 0,
             dense_nbytes=0,
-            payload=payload,
+            payload=data,
         )
-        self.wire.post(self.peers[to], frame)
-        return len(payload)
+        self.wire.post(to, frame)
+        return len(data)
+
+    def _squeezed(self, codec: str, data: bytes) -> Payload:
+        return squeeze(codec, data) if self.config.zstd else (codec, data)
 
     def _take(self, kind: Kind, step: int, piece: Piece, replica: int) -> Frame:
         plan = self.seat.plan

@@ -11,7 +11,6 @@ from scripted_run import ROLLING, RULES, SAMPLES, Run, committed, journaled, lea
 
 from potluck.coordinator import events as ev
 from potluck.coordinator.assignment import StageNeed
-from potluck.coordinator.run import view_of
 from potluck.coordinator.state import (
     Dismiss,
     Gone,
@@ -25,6 +24,7 @@ from potluck.coordinator.state import (
     Uploaded,
 )
 from potluck.coordinator.store import Store
+from potluck.coordinator.views import view_of
 from potluck.protocol import control_pb2 as pb
 
 # Leaving.

@@ -62,7 +62,8 @@ def test_the_estimate_is_what_the_meters_count(network: Any, rule: str) -> None:
 
 def test_one_replica_of_a_stage_exchanges_nothing_however_large_it_is() -> None:
     model = {"d_model": 4096, "layers": 28, "heads": 16, "rotary_dim": 64, "seq_len": 2048}
-    config = convert({"model": model, "pipeline": {"stages": 2}, "sync": {"preset": "diloco"}})
-    found = estimate(config, 50400, 1)
+    raw = {"model": model, "pipeline": {"stages": 2}, "sync": {"preset": "diloco"}}
+    found = estimate(convert({**raw, "checkpoint": {"keepers": 0}}), 50400, 1)
     assert found.nbytes[Purpose.WEIGHTS] == 0
+    assert estimate(convert(raw), 50400, 1).nbytes[Purpose.WEIGHTS] > 0  # its keepers must hear what it did
     assert max(m.parameters for m in found.machines) > 2**31

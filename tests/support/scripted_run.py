@@ -7,7 +7,7 @@ from typing import Any
 
 from potluck.coordinator import events as ev
 from potluck.coordinator.assignment import StageNeed
-from potluck.coordinator.run import step, view_of
+from potluck.coordinator.run import step
 from potluck.coordinator.state import (
     Input,
     Joined,
@@ -19,6 +19,7 @@ from potluck.coordinator.state import (
     RunState,
     Said,
 )
+from potluck.coordinator.views import view_of
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.config import EvalConfig, Sync
 from potluck.protocol.plan import Plan, SavePoint

@@ -11,18 +11,20 @@ import msgspec
 import pytest
 import torch
 
-from potluck.coordinator import corpus, events, run, service, state
+from potluck.coordinator import corpus, events, run, service, state, views
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.config import RunConfig
-from potluck.protocol.frames import Frame, Kind
+from potluck.protocol.frames import Frame
 from potluck.protocol.manifest import Manifest
-from potluck.protocol.plan import Plan
-from potluck.worker.checkpoint import SavePoints, to_bytes
+from potluck.protocol.plan import Plan, stage_parameters
+from potluck.worker.checkpoint import SavePoints
 from potluck.worker.control import view_from
 from potluck.worker.engine import Engine
-from potluck.worker.links import Links, state_frames
+from potluck.worker.keeper import Keeper
+from potluck.worker.links import STATES, Links
 from potluck.worker.mailbox import Address, Mailbox
 from potluck.worker.outside import EngineConfig, Views
+from potluck.worker.states import States
 
 RUN_NAME = b"testrun1"
 WORDS = [
@@ -57,11 +59,11 @@ class MemoryLinks(Links):
     def post(self, peer: str, frame: Frame) -> None:
         header = frame.header
         self.local.on_post(self.peer, frame)
-        if self.plan is None or header.generation != self.plan.generation:
+        if header.kind in STATES:
+            if peer in self.local.workers:
+                self.local.workers[peer].states.put(self.peer, frame)
             return
-        if header.kind == Kind.STATE_REQUEST:
-            for answer in state_frames(header, self.local.workers[peer].provide(header.generation, header.stage)):
-                self.local.workers[peer].links.post(self.peer, answer)
+        if self.plan is None or header.generation != self.plan.generation:
             return
         if peer in self.local.workers:
             self.local.workers[peer].mailbox.put(Address.of(header, self.peer), frame)
@@ -78,8 +80,14 @@ class LocalWorker:
         self.state = "loading"
         self.mailbox, self.views, self.points = Mailbox(), Views(), SavePoints(folder)
         self.links = MemoryLinks(peer, local, self.mailbox)
+        self.states = States(RUN_NAME, self.points, lambda stage: local.rules.layers[stage], self.links.post, 0.0)
+        sizes = [stage_parameters(a, b, 4, d_model=32, vocab_size=300) for a, b in local.rules.layers]
+        self.states.prepare(local.config, sizes, self.report)
+        if local.config.checkpoint.keepers:
+            keeper = Keeper(local.config, local.rules.layers, sizes, folder, self.report)
+            self.states.keep(keeper, 300)
         config = EngineConfig(run=local.config, manifest=local.manifest, run_name=RUN_NAME, peer=peer)
-        self.engine = Engine(config, self.views, self.links, self.mailbox, self.points, self)
+        self.engine = Engine(config, self.views, self.links, self.mailbox, self.states, self)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name=peer)
 
@@ -104,13 +112,6 @@ class LocalWorker:
         if len(self.local.published[step]) == len(self.local.rules.layers):
             self.local.put(state.Uploaded(step=step, path="memory"))
 
-    def provide(self, generation: int, stage: int) -> bytes:
-        plan = self.links.plan
-        assert plan is not None
-        layers = (plan.stages[stage].first_layer, plan.stages[stage].last_layer)
-        found = self.points.find("round", plan.origin_generation, plan.first_step, layers)
-        return b"" if found is None else to_bytes(found.shared())
-
 
 class LocalRun:
     """The coordinator of such a run: steps the state machine under a lock and hands out views."""
@@ -129,6 +130,7 @@ class LocalRun:
         self._moved = threading.Condition(self._lock)
         self._now = 0.0
         self._failed = False
+        self._dead: list[LocalWorker] = []
 
     def put(self, what: state.Input) -> None:
         with self._lock:
@@ -140,9 +142,9 @@ class LocalRun:
                     self.on_event(command.event)
                 elif isinstance(command, state.Point):
                     self.points.append(command)
-            for peer, worker in self.workers.items():
+            for peer, worker in list(self.workers.items()):
                 if peer in self.machine.members:
-                    view = view_from(run.view_of(self.rules, self.machine, peer))
+                    view = view_from(views.view_of(self.rules, self.machine, peer))
                     if view != worker.views.newest[0]:
                         if view.plan is not None and peer in {x.peer for x in view.plan.lost}:
                             worker.mailbox.fence(view.plan.generation + 1)
@@ -150,6 +152,7 @@ class LocalRun:
                             worker.links.follow(view.plan)
                         elif view.plan is None and worker.links.plan is not None:
                             worker.mailbox.fence(worker.links.plan.generation + 1)
+                        worker.states.follow(view)
                         worker.views.put(view)
             self._moved.notify_all()
 
@@ -190,11 +193,24 @@ class LocalRun:
         self.close()
         return self
 
+    def cut_off(self, peer: str) -> None:
+        """Nothing of a worker gets to anybody any more."""
+        with self._lock:
+            gone = self.workers.pop(peer)
+        self._dead.append(gone)
+        gone.views.close()
+        gone.mailbox.close()
+
+    def kill(self, peer: str) -> None:
+        self.cut_off(peer)
+        self.put(state.Gone(peer=peer))
+
     def close(self) -> None:
-        for worker in self.workers.values():
+        for worker in (*self.workers.values(), *self._dead):
             worker.views.close()
             worker.mailbox.close()
             worker.thread.join(10.0)
+            worker.states.close()
             assert not worker.thread.is_alive()
 
     # What came of it.

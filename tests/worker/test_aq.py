@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from potluck.compression.aq import Mode, parse_marks
-from potluck.coordinator import events, state
+from potluck.coordinator import events
 from potluck.protocol.config import RunConfig
 from potluck.protocol.frames import Frame, Kind
 from potluck.protocol.manifest import Manifest
@@ -193,10 +193,7 @@ def test_a_lost_replica_leaves_nothing_wrong_behind(watched, make_config):
         def lose(event: object) -> None:
             if isinstance(event, events.RoundCommitted) and event.round == 8:
                 ours.on_event = lambda event: None
-                gone = ours.workers.pop("d")
-                gone.views.close()
-                gone.mailbox.close()
-                ours.put(state.Gone(peer="d"))
+                ours.kill("d")
 
         return lose
 

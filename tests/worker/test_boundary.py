@@ -26,7 +26,7 @@ MANIFEST = manifest(24, 4, 16)
 def test_what_comes_in_is_known_to_the_byte(make_config):
     plain = {**AQ, "reuse": False}
     check, plain_check = (
-        frame_check(b"testrun1", boundary_check(make_config(activations=activations), 300), lambda n: 0, 0)
+        frame_check(b"testrun1", boundary_check(make_config(activations=activations), 300), lambda n: 0, 0, 0)
         for activations in (AQ, plain)
     )
     hidden = TensorSpec(codec="int4:tile=64", shape=(2, 16, 32), nbytes=build(AQ["forward"]).nbytes((2, 16, 32)))

@@ -61,7 +61,7 @@ class Pair:
         self.network, self.faults = MemoryNetwork(), asyncio.Queue[str]()
         self.dialled: list[Channel] = []
         self.accepted: list[Channel] = []
-        self.links = {name: Links(Mailbox(), lambda request: None, self.fault) for name in "ab"}
+        self.links = {name: Links(Mailbox(), lambda peer, frame: None, self.fault) for name in "ab"}
 
     def fault(self, generation: int, peer: str, text: str) -> None:
         self.faults.put_nowait(text)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from potluck.coordinator import events, state
+from potluck.coordinator import events
 from potluck.protocol.frames import Frame, Kind
 from potluck.protocol.plan import Plan, Replica, StagePlan
 from potluck.worker.engine import Engine
@@ -67,10 +67,7 @@ class Deaths:
         kind = frame.header.kind
         self.sent[sender, kind] += 1
         if self.victims.get(sender) == (kind, self.sent[sender, kind]) and sender in self.ours.workers:
-            gone = self.ours.workers.pop(sender)
-            gone.views.close()
-            gone.mailbox.close()
-            self.ours.put(state.Gone(peer=sender))
+            self.ours.kill(sender)
 
 
 STEPS = 9

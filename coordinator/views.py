@@ -1,0 +1,58 @@
+"""What a peer should know now: everything it does follows from its newest view."""
+
+from __future__ import annotations
+
+from ..protocol import control_pb2 as pb
+from ..protocol.keepers import all_keepers
+from ..protocol.plan import Plan
+from .planning import prospects
+from .state import Mark, Rules, RunState
+from .turn import released
+
+TOLD_MARKS = 4
+
+
+def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
+    """What this peer should know now; everything it does follows from its newest view."""
+    plan = state.plan
+    coming = prospects(rules, state)
+    at = coming.get(peer)
+    place = plan.places.get(peer) if plan else None
+    return pb.View(
+        phase=state.phase,
+        note=state.note,
+        plan=plan.to_proto() if plan else None,
+        until=state.until,
+        end=state.end or 0,
+        closing=state.closing,
+        committed=state.committed.step,
+        publish=state.publish or 0,
+        publishing=state.publish is not None,
+        released=released(state, peer),
+        keep=[
+            pb.Keep(stage=stage, rounds=[m.savepoint(stage, rules.layers[stage]).to_proto() for m in newest(state)])
+            for stage in state.keeping.get(peer, ())
+        ],
+        prospect=None
+        if at is None
+        else pb.Prospect(stage=at, point=state.committed.savepoint(at, rules.layers[at]).to_proto()),
+        guests=[
+            pb.Replica(peer=p, addresses=state.members[p].addresses)
+            for p, stage in sorted(coming.items())
+            if place is not None and stage == place[0]
+        ],
+    )
+
+
+def keeping(rules: Rules, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The stages that each peer of a plan keeps a redo log of."""
+    keepers = all_keepers(plan, rules.keepers)
+    return {p: tuple(i for i, who in enumerate(keepers) if p in who) for p in plan.peers}
+
+
+def newest(state: RunState) -> list[Mark]:
+    """The last committed rounds, newest first: a keeper that hears only now and then misses none of them."""
+    marks = [state.committed, *state.marks][:TOLD_MARKS]
+    if len(marks) < TOLD_MARKS and marks[-1].step:
+        marks.append(Mark(kind="init", generation=0, step=0, sample=0))
+    return marks

@@ -1,0 +1,92 @@
+"""A worker's dealings in states: what it serves, fetches (both under the owner's limit) and keeps of others' stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..protocol.config import RunConfig
+from ..protocol.frames import Frame, Kind
+from .checkpoint import SavePoints
+from .donor import Donor
+from .inventory import StateName
+from .joiner import Joiner, Prospect
+from .keeper import Keeper
+from .plan import View
+from .redo import Recent
+from .stage import State
+from .throttle import Bucket
+from .transfer import Desk, Fetch, Wanted
+
+Layers = Callable[[int], tuple[int, int]]
+
+
+class States:
+    """``post`` sends a frame to a peer, ``layers`` are those of a stage by its number. Thread-safe."""
+
+    def __init__(
+        self, run: bytes, points: SavePoints, layers: Layers, post: Callable[[str, Frame], None], mbps: float
+    ) -> None:
+        self.points, self.layers, self.recent = points, layers, Recent()
+        self.keeper: Keeper | None = None
+        self.joiner: Joiner | None = None
+        self._received = Bucket(mbps)
+        self._donor = Donor(run, self._find, self.recent.after, post, Bucket(mbps))
+        self._desk = Desk(run, post)
+
+    def put(self, peer: str, frame: Frame) -> None:
+        """A frame about states came in; ``WireError`` for what nobody asked for."""
+        if frame.header.kind == Kind.STATE_REQUEST:
+            self._donor.ask(peer, frame.header)
+        elif frame.header.kind == Kind.REDO:
+            if self.keeper is not None:
+                self.keeper.put(peer, frame)
+        else:
+            self._desk.put(peer, frame)
+
+    def fetch(self, wanted: Wanted, donors: Sequence[str], stopped: Callable[[], bool]) -> State:
+        """See :class:`.transfer.Fetch`; blocks."""
+        name = wanted.name
+        folder = (
+            self.points.folder / f"fetch-{name.generation}-{name.step}-{name.stage}{'' if wanted.moments else '-kept'}"
+        )
+        return Fetch(wanted, donors, self._desk, folder, self._received, stopped).run()
+
+    def prepare(self, run: RunConfig, sizes: Sequence[int], report: Callable[..., None]) -> None:
+        """Gets ready for the stage that the coordinator names, from now on."""
+        self.joiner = Joiner(run, sizes, self._desk, self.fetch, report)
+
+    def keep(self, keeper: Keeper, vocab_size: int) -> None:
+        """Keeps others' stages from now on."""
+        self.keeper = keeper
+        keeper.start(self.fetch, vocab_size)
+        keeper.tell()
+
+    def follow(self, view: View) -> None:
+        if self.keeper is not None:
+            self.keeper.follow(view)
+        if self.joiner is not None and view.plan is not None and view.phase == "training":
+            prospect = None
+            if view.prospect is not None:
+                stage, point = view.prospect
+                prospect = Prospect(stage, point, tuple(r.peer for r in view.plan.replicas[stage]))
+            self.joiner.follow(prospect)
+
+    def find(self, kind: str, generation: int, step: int, layers: tuple[int, int]) -> State | None:
+        """A state of our own, or one that we keep; None if it is not here or damaged."""
+        state = self.points.find(kind, generation, step, layers)
+        if state is None and kind == "round" and self.keeper is not None:
+            state = self.keeper.find(generation, step, layers)
+        return state
+
+    def close(self) -> None:
+        if self.joiner is not None:
+            self.joiner.close()
+        if self.keeper is not None:
+            self.keeper.close()
+        self._donor.close()
+
+    def _find(self, name: StateName) -> State | None:
+        try:
+            return self.find("round", name.generation, name.step, self.layers(name.stage))
+        except IndexError:
+            return None
