@@ -21,6 +21,10 @@ from .state import Keep, Member, Rules, RunState
 from .store import Store
 from .views import keeping
 
+# Workers notice that their line to a killed coordinator is dead only when nothing was acknowledged for a while, 25 s at
+# the latest (worker/control.py), and then dial again.
+DIAL_SECONDS = 30.0
+
 
 class Peer(Struct, frozen=True, kw_only=True):
     id: str
@@ -133,7 +137,7 @@ def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
                 joined=now,
                 last_seen=now,
                 leaving=peer.leaving,
-                away=now + rules.silence_seconds,
+                away=now + DIAL_SECONDS,
                 ready=0 if course.phase == "preparing" else plan.generation,
                 step=done,
             )

@@ -18,9 +18,10 @@ from potluck.coordinator import hub as hub_module
 from potluck.coordinator import service
 from potluck.coordinator.events import RunOpened
 from potluck.coordinator.hub import Hub, Item, Line
-from potluck.coordinator.run import view_of
+from potluck.coordinator.planning import prospects
 from potluck.coordinator.state import Journal, Member, Rules, RunState, Uploaded
 from potluck.coordinator.turn import released
+from potluck.coordinator.views import view_of
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.errors import StateError
 from potluck.protocol.plan import Plan
@@ -66,18 +67,22 @@ class Views:
     def __init__(self) -> None:
         self._state: RunState | None = None
         self._key: tuple[Any, ...] = ()
-        self._views: dict[bool, pb.View] = {}
+        self._coming: dict[str, int] = {}
+        self._views: dict[tuple[bool, int | None, int | None], pb.View] = {}
 
     def of(self, rules: Rules, state: RunState, peer: str) -> pb.View:
         if state is not self._state:
             s = self._state = state
-            key = (s.plan, s.phase, s.note, s.until, s.end, s.closing, s.committed, s.publish)
+            self._coming = prospects(rules, state)
+            guests = tuple((p, stage, s.members[p].addresses) for p, stage in sorted(self._coming.items()))
+            key = (s.plan, s.phase, s.note, s.until, s.end, s.closing, s.committed, s.publish, guests)
             if key != self._key:
                 self._key, self._views = key, {}
-        is_released = released(state, peer)
-        if is_released not in self._views:
-            self._views[is_released] = view_of(rules, state, peer)
-        return self._views[is_released]
+        place = state.plan.places.get(peer) if state.plan and self._coming else None
+        which = released(state, peer), self._coming.get(peer), place and place[0]
+        if which not in self._views:
+            self._views[which] = view_of(rules, state, peer)
+        return self._views[which]
 
 
 class SimLine(Line):

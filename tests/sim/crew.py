@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from potluck.protocol import control_pb2 as pb
-from potluck.protocol.plan import Plan
+from potluck.protocol.plan import Plan, SavePoint
 from potluck.worker.control import view_from
 from potluck.worker.plan import View
 
@@ -43,20 +43,16 @@ class Crew:
     def is_unreachable(self, peer: str, other: str) -> bool:
         return self.world.machines[other].away() or self.world.net.is_cut(peer, other)
 
-    def fetch(self, peer: str, donor: str, plan: Plan, number: int) -> State | str | None:
-        """A donor's state: None while it cannot answer yet, or what is wrong."""
+    def fetch(self, peer: str, donor: str, point: SavePoint) -> State | str | None:
+        """A donor's state: None while it does not answer, or what is wrong."""
         if self.is_unreachable(peer, donor):
             return None
         worker = self.world.machines[donor].worker
         assert worker
-        seen = worker.links.plan
-        if seen is None or seen.generation != plan.generation:
-            return None  # it does not know yet, or answers no more
-        stage = plan.stages[number]
-        layers = (stage.first_layer, stage.last_layer)
-        state = worker.points.find("round", plan.origin_generation, plan.first_step, layers)
+        layers = (point.first_layer, point.last_layer)
+        state = worker.states.find("round", point.generation, point.step, layers)
         if state is None:
             return "does not hold it"
-        if stage.digest and state.content.name != stage.digest:
+        if point.digest and state.content.name != point.digest:
             return "its weights are not the run's"
         return state.shared()

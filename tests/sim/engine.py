@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from potluck.protocol import control_pb2 as pb
 from potluck.protocol.errors import UnreachableError
 from potluck.protocol.frames import Kind
 from potluck.protocol.plan import SavePoint
@@ -23,7 +24,7 @@ from potluck.worker.sync import Synchronizer
 
 from . import fiber
 from .checks import hold
-from .links import Frame, Header, fetch_state
+from .links import Frame, Header
 from .weights import Content, Counters, State, samples
 
 if TYPE_CHECKING:
@@ -194,8 +195,18 @@ class Outcome:
     captured: Counters
     base_digest: bytes
     samples: int
-    nbytes: int = 0
-    seconds: float = 0.0
+    entry: None = None
+
+    def report(self, attempt: int) -> pb.RoundDone:
+        point = self.state.point
+        return pb.RoundDone(
+            generation=point.generation,
+            step=point.step,
+            samples=self.samples,
+            digest=point.digest,
+            base_digest=self.base_digest,
+            attempt=attempt,
+        )
 
 
 class SimSynchronizer(Synchronizer):
@@ -327,7 +338,7 @@ class SimEngine(Engine):
         world = worker.world
         config = EngineConfig(run=world.config, manifest=world.manifest, run_name=b"a run 00", peer=worker.peer)
         links: Any = worker.links
-        super().__init__(config, worker.views, links, worker.mailbox, worker.points, Headquarters(worker))  # type: ignore[arg-type]
+        super().__init__(config, worker.views, links, worker.mailbox, worker.states, Headquarters(worker))  # type: ignore[arg-type]
         self.worker = worker
         self._rounds = fiber.Executor(worker.kernel, worker.process, worker.bell)  # type: ignore[assignment]
 
@@ -343,10 +354,6 @@ class SimEngine(Engine):
         super()._save_round(state)
 
 
-def from_bytes(data: State, point: SavePoint, size: int) -> State:
-    return data
-
-
 @contextmanager
 def patched(world: World) -> Iterator[None]:
     """Engines compute with counters while this is open."""
@@ -358,8 +365,6 @@ def patched(world: World) -> Iterator[None]:
             (engine_module, "Synchronizer", SimSynchronizer),
             (engine_module, "apply", apply),
             (engine_module, "digest", lambda vector: vector.name),
-            (engine_module, "fetch_state", fetch_state),
-            (engine_module, "from_bytes", from_bytes),
             (engine_module, "time", clock),
             (pipeline_module, "time", clock),
         ):

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from potluck.protocol.frames import Kind
-from potluck.protocol.plan import Replica
 from potluck.worker.links import BOUNDARY, Links
 from potluck.worker.mailbox import Address, Fenced, Mailbox, Rerouted
 
 from . import fiber
-from .weights import State
 
 if TYPE_CHECKING:
     from .worker import Worker
@@ -141,12 +139,15 @@ class SimLinks(Links):
     """The real rules; a path for each lane."""
 
     def __init__(self, worker: Worker) -> None:
-        super().__init__(worker.mailbox, lambda _: None, worker.fault)
+        super().__init__(worker.mailbox, lambda *_: None, worker.fault)
         self.worker = worker
         self.paths: dict[tuple[str, bool], Path] = {}
 
-    def _reach(self, replicas: Sequence[Replica]) -> None:
-        addresses = {r.peer: r.addresses for r in replicas}
+    def _reach(self) -> None:
+        plan = self.plan
+        gone = {lost.peer for lost in plan.lost} if plan else set()
+        parts = [r for s in plan.stages for r in (*s.replicas, *s.donors) if r.peer not in gone] if plan else []
+        addresses = {r.peer: r.addresses for r in (*self._guests, *parts)}
         self.paths = {
             lane: path for lane, path in self.paths.items() if addresses.get(lane[0]) == self._addresses.get(lane[0])
         }
@@ -167,27 +168,3 @@ class SimLinks(Links):
         if lane not in self.paths:
             self.paths[lane] = Path(self, peer, self._addresses[peer][0])
         self.paths[lane].send(frame)
-
-
-def fetch_state(links: Any, run: bytes, generation: int, stage: int, step: int, donor: str, most: int) -> State | None:
-    """A donor's state, as that of links.py; the path to a donor that does not answer is given up."""
-    worker = links.worker
-    world, plan = worker.world, links.plan
-
-    def look() -> State | str | None:
-        if worker.mailbox._closed or worker.mailbox._generation > generation:
-            raise Fenced
-        found: State | str | None = world.crew.fetch(worker.peer, donor, plan, stage)
-        return found
-
-    asked, gave_up = world.kernel.now, False
-    while (found := look()) is None:
-        fiber.sleep(0.5)
-        if not gave_up and world.kernel.now - asked > GIVE_UP_SECONDS and world.crew.is_unreachable(worker.peer, donor):
-            gave_up = True
-            worker.fault(generation, donor, f"cannot send to {donor}")
-    if isinstance(found, str):
-        return None
-    fiber.sleep(worker.rng.uniform(0.1, 2.0) * world.net.slow.get(worker.peer, 1.0))
-    look()
-    return found

@@ -18,6 +18,7 @@ from . import fiber
 from .kernel import Process, Signal, sleep
 from .links import SimLinks, SimMailbox
 from .net import COORDINATOR, Connection
+from .states import SimStates
 from .weights import SavePoints, State
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Worker:
         self.identity = SimpleNamespace(peer_id=self.peer)
         self.process = Process(self.peer)
         self.points = SavePoints(machine.disk)
+        self.states = SimStates(self)
         self.bell = Signal(self.kernel)  # something has changed: a view, a frame, a round
         self.leaving = self.welcomed_once = False
         self.reports = Reports()

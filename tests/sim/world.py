@@ -55,11 +55,14 @@ def a_config(rng: random.Random, size: int) -> RunConfig:
         ),
         sync=SyncConfig(preset="cocktail", **sync),  # type: ignore[arg-type]
         eval=EvalConfig(every=5, samples=4),
-        checkpoint=CheckpointConfig(save_rounds=rng.choice([1, 2, 5]), publish_rounds=rng.choice([1, 3, 50])),
+        checkpoint=CheckpointConfig(
+            save_rounds=rng.choice([1, 2, 5]), publish_rounds=rng.choice([1, 3, 50]), keepers=0
+        ),
         coordinator=CoordinatorConfig(
             wait_for=rng.choice([0, size]),
             lease_seconds=rng.choice([30.0, 120.0]),
             patience_seconds=rng.choice([5.0, 60.0]),
+            prepare_seconds=rng.choice([0.0, 30.0]),
         ),
     )
 
