@@ -21,8 +21,8 @@ from .state import Keep, Member, Rules, RunState
 from .store import Store
 from .views import keeping
 
-# Workers notice that their line to a killed coordinator is dead only when nothing was acknowledged for a while, 25 s at
-# the latest (worker/control.py), and then dial again.
+# For workers to dial again: one whose line has died without a word notices it by keepalive, after 25 s at the latest
+# (protocol/tls.py), and dials within seconds.
 DIAL_SECONDS = 30.0
 
 

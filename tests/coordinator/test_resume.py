@@ -222,7 +222,7 @@ def test_who_does_not_dial_again_is_lost(tmp_path: Path) -> None:
     run = begun(tmp_path, "a", "b", "c", "d")
     held = tuple(run.state.members["d"].savepoints)
     assert run.restart("a", "b", "c") == []
-    assert run.do(Tick(), later=14.5) == []
+    assert run.do(Tick(), later=29.5) == []
     commands = run.do(Tick(), later=1.0)
     assert [e.name for e in journaled(commands, ev.PeerGone)] == ["D"] and journaled(commands, ev.Rerouted)
     assert run.plan.peers == {"a", "b", "c"}
