@@ -192,7 +192,7 @@ class Capture:
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     state: State
-    captured: Counters
+    shift: Counters  # of the weights since the capture
     base_digest: bytes
     samples: int
     entry: None = None
@@ -257,7 +257,7 @@ class SimSynchronizer(Synchronizer):
         world.watch.made(content)
         return Outcome(
             state=State(point=point, content=content),
-            captured=before.delta,
+            shift=content.counters - before.content.counters - before.delta,
             base_digest=before.content.name,
             samples=capture.samples,
         )
@@ -283,8 +283,7 @@ def apply(stage: Any, outcome: Outcome, *, late: bool) -> None:
     """Puts a round into the weights; it must be a committed one."""
     content = outcome.state.content
     stage.worker.world.watch.applied(stage.worker.peer, content)
-    since = stage.x.counters - stage.g.counters - outcome.captured if late else 0
-    stage.x.counters = content.counters + since
+    stage.x.counters = stage.x.counters + outcome.shift if late else content.counters
     stage.g = Vector(content.counters, content.name)
 
 

@@ -131,7 +131,6 @@ class Faults:
             if stage and stage.g.name in self.world.watch.contents:  # else there is no digest to see it by
                 self.world.trace(machine.peer, "its memory rots")
                 rotten = stage.g.content.rotten(self.rng.randrange(1 << 30))
-                stage.x.counters += rotten.counters - stage.g.counters
                 stage.g.counters, stage.g.name = rotten.counters, rotten.name
 
     def hang(self) -> None:

@@ -31,6 +31,8 @@ def samples(indices: range) -> Counters:
 
 def spell(counters: Counters, limit: int) -> str:
     """What is wrong with counters that should be 1 below ``limit`` and 0 from there on."""
+    if counters < 0:
+        return "less than nothing"
     found: dict[int, list[int]] = {}
     position = 0
     while counters or position < limit:
