@@ -13,7 +13,7 @@ from potluck.worker.joiner import Prospect
 from potluck.worker.mailbox import Fenced
 from potluck.worker.plan import View
 from potluck.worker.states import States
-from potluck.worker.transfer import SILENCE_SECONDS, Wanted
+from potluck.worker.transfer import SILENCE_SECONDS, LackingError, Wanted
 
 from . import fiber
 from .kernel import Signal, sleep
@@ -50,7 +50,7 @@ class SimStates:
         """The state of the first donor that has it, once it has come; a donor that is gone meanwhile gave nothing."""
         worker, world = self.worker, self.worker.world
         late = world.kernel.now + SILENCE_SECONDS
-        silent = list(donors)
+        silent, lacking = list(donors), []
         while silent and world.kernel.now < late:
             for donor in list(silent):
                 found = world.crew.fetch(worker.peer, donor, wanted.point)
@@ -63,11 +63,12 @@ class SimStates:
                     return found
                 if found is not None:
                     silent.remove(donor)
+                    lacking.append(donor)
             if silent:
                 fiber.sleep(TICK_SECONDS)
                 if stopped():
                     raise Fenced
-        raise WireError("nobody has it")
+        raise LackingError("nobody has it", lacking)
 
 
 class SimJoiner:
