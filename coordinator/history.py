@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 from msgspec import Struct
@@ -90,7 +90,7 @@ class Issued:
 
     epoch: int
     step: int
-    sample: int | None  # None: where the leases before it end
+    sample: int | None  # None: where the leases before it end, after a stop
     stages: tuple[int, ...]  # replicas
     lost: set[str] = field(default_factory=set)  # that the generation went on without
 
@@ -112,6 +112,10 @@ class History:
     def step(self) -> int:
         return self.rounds[-1][2].step if self.rounds else 0
 
+    def steps(self, origin: str) -> set[int]:
+        """Where a plan may start: an older round counts once the newer ones are given up."""
+        return {0} if origin == "init" else {event.step for _, _, event, _ in self.rounds}
+
     @property
     def sample(self) -> int:
         return self.rounds[-1][3] if self.rounds else 0
@@ -127,9 +131,9 @@ def follow(past: History, event_id: int, event: ev.Event, report: Report) -> Non
         case ev.PlanIssued(generation=generation, step=step, origin=origin):
             if generation != past.generation + 1:
                 wrong(f"generation {generation} follows generation {past.generation}")
-            if origin not in ("init", "round", "step") or (origin == "init") > (not past.rounds):
+            if origin not in ("init", "round", "step") or (origin == "init" and step > 0):
                 wrong(f"generation {generation} starts from {origin[:CLIP]!r}, with a round at {past.step}")
-            if step != past.step if origin != "step" else step < past.step:
+            if step not in past.steps(origin) if origin != "step" else step < past.step:
                 wrong(f"generation {generation} starts at step {step}, the last round was at step {past.step}")
             past.epoch += origin != "step"
             past.generation = max(past.generation, generation)
@@ -143,6 +147,8 @@ def follow(past: History, event_id: int, event: ev.Event, report: Report) -> Non
             plan = past.plans.get(generation)
             if generation != past.generation or plan is None or plan.step != step:
                 wrong(f"training starts in generation {generation} at step {step}, which is not what was planned")
+            elif plan.sample is not None and step != past.step:
+                wrong(f"training starts at step {step}, but the last round was at step {past.step}")
             past.started.add(generation)
         case ev.Rerouted(generation=generation, peer=peer, since=since):
             plan = past.plans.get(generation)
@@ -169,5 +175,8 @@ def follow(past: History, event_id: int, event: ev.Event, report: Report) -> Non
                 past.lost[lost.round] = lost.samples
             if step != past.step:
                 wrong(f"back to step {step}, but the last round until there was at step {past.step}")
+            plan = past.plans.get(past.generation)
+            if plan and past.generation not in past.started:  # it starts from there, which counts from now on
+                past.plans[past.generation] = replace(plan, epoch=past.epoch, sample=past.sample)
         case ev.Finished(step=step) if step > past.step:
             wrong(f"finished at step {step}, but the last round was at step {past.step}")

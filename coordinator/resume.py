@@ -21,6 +21,10 @@ from .state import Keep, Member, Rules, RunState
 from .store import Store
 from .views import keeping
 
+# For workers to dial again: one whose line has died without a word notices it by keepalive, after 25 s at the latest
+# (protocol/tls.py), and dials within seconds.
+DIAL_SECONDS = 30.0
+
 
 class Peer(Struct, frozen=True, kw_only=True):
     id: str
@@ -143,7 +147,7 @@ def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
                 joined=now,
                 last_seen=now,
                 leaving=peer.leaving,
-                away=now + rules.silence_seconds,
+                away=now + DIAL_SECONDS,
                 ready=0 if course.phase == "preparing" else plan.generation,
                 step=done,
             )

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from ..protocol import control_pb2 as pb
 from ..protocol.failpoints import failpoint
+from ..protocol.plan import Plan
 from . import events as ev
 from .losses import Losses, short_of_quorum
 from .planning import Start, Wait, choose, make_plan, prospects
@@ -102,6 +103,7 @@ class Machine(Losses):
         elif any(self.state.members[p].leaving for p in plan.peers if p in self.state.members):
             self.abort("a worker leaves before it began")
         elif all(self.state.members[p].ready == plan.generation for p in plan.peers):
+            self.go_back(plan)
             self.journal(ev.TrainingStarted(generation=plan.generation, step=plan.first_step))
             self.forget_stop()  # what is leased from here on goes beyond it
             self.set(publish=0 if self.state.published < 0 and plan.origin == "init" else self.state.publish)
@@ -111,6 +113,26 @@ class Machine(Losses):
             else:
                 self.enter("training", "")
                 self.grant()
+
+    def go_back(self, plan: Plan) -> None:
+        """A plan from an older round begins: everybody in it has proved to hold that one, so newer ones are given up.
+
+        Until then their holders may come back.
+        """
+        state = self.state
+        if plan.first_step >= state.committed.step:
+            return
+        older = (*state.marks, Mark(kind="init", generation=0, step=0, sample=0))
+        mark = next(m for m in older if m.step == plan.first_step)
+        self.commands.append(Uncommit(step=mark.step))
+        self.journal(ev.RolledBack(step=mark.step, why="nobody holds a newer state of every stage"))
+        self.set(
+            committed=mark,
+            marks=tuple(m for m in state.marks if m.step < mark.step),
+            publish=None if (state.publish or 0) > mark.step else state.publish,
+            evaluated=min(state.evaluated, mark.step),  # what is trained anew is evaluated and charted anew
+            charted=min(state.charted, mark.step),
+        )
 
     def advance_training(self) -> None:
         state, plan = self.state, self.state.plan
@@ -145,8 +167,11 @@ class Machine(Losses):
         plan = self.state.plan
         assert plan is not None
         end = self.state.until
-        if how == "round" and end == self.state.committed.step:
-            self.replan("the crew changes")
+        if end == self.state.committed.step:  # nothing has been leased since
+            if how == "round":
+                self.replan("the crew changes")
+            else:
+                self.stopped()
             return
         self.set(closing=how, end=end)
         if how == "save":
@@ -349,10 +374,6 @@ class Machine(Losses):
     def begin(self, start: Start) -> None:
         """Starts a generation."""
         state, mark = self.state, start.mark
-        if mark.step < state.committed.step:
-            self.commands.append(Uncommit(step=mark.step))
-            self.journal(ev.RolledBack(step=mark.step, why="nobody holds a newer state of every stage"))
-            self.set(committed=mark, marks=tuple(m for m in state.marks if m.step < mark.step))
         if mark.kind != "step" and state.generation:
             self.commands.append(ReturnLeases(reason="a new plan starts from the last committed round"))
             self.set(stop=None)
@@ -363,8 +384,9 @@ class Machine(Losses):
             self.member(replace(member, step=mark.step, ready=0, prepared=prepared))
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
         self.set(keeping=keeping(self.rules, plan))
-        # What is trained anew is evaluated and charted anew.
-        self.set(evaluated=min(state.evaluated, mark.step), charted=min(state.charted, mark.step))
+        # What is trained anew is evaluated and charted anew; an older mark counts once everybody is ready.
+        kept = max(mark.step, state.committed.step)
+        self.set(evaluated=min(state.evaluated, kept), charted=min(state.charted, kept))
         failpoint("coordinator.plan.issued")
         names = tuple(tuple(self.state.members[p].name for p in peers) for peers in start.seats)
         self.journal(ev.PlanIssued(generation=plan.generation, step=mark.step, origin=mark.kind, stages=names))

@@ -140,13 +140,15 @@ class Turn(ABC):
 
     def took_over(self, member: Member, message: pb.Ready) -> None:
         """What a peer got from a donor, it holds from now on, even if the donor is lost before the plan begins."""
-        plan, mark = self.state.plan, self.state.committed
+        plan = self.state.plan
         if plan and plan.origin == "step" and plan.generation == message.generation:
             return
-        for stage, digest in enumerate(mark.digests):
-            if digest == message.digest:
-                point = mark.savepoint(stage, self.rules.layers[stage])
-                self.member(replace(member, savepoints=member.savepoints | {point}))
+        for mark in (self.state.committed, *self.state.marks):
+            for stage, digest in enumerate(mark.digests):
+                if digest == message.digest:
+                    point = mark.savepoint(stage, self.rules.layers[stage])
+                    self.member(replace(member, savepoints=member.savepoints | {point}))
+                    return
 
     def step_done(self, member: Member, message: pb.StepDone) -> None:
         if not member.step <= message.step < self.state.until:  # after a restart it may be ahead of what is known

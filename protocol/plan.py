@@ -116,7 +116,7 @@ class Plan:
         """Peer id to (stage, replica index), of those that live."""
         return {r.peer: (s, i) for s, replicas in enumerate(self.replicas) for i, r in enumerate(replicas)}
 
-    @property
+    @cached_property
     def peers(self) -> frozenset[str]:
         return frozenset(self.places)
 

@@ -286,11 +286,14 @@ class Engine:
         """Waits until the coordinator has decided: a round may not count, so nobody goes on from it before."""
         while True:
             view, version = self.views.newest
+            plan = view.plan
+            if self.views.closed or plan is None or plan.generation != self.local.generation:
+                raise Fenced
+            if self.config.peer not in plan.places:  # they go on without us: what is committed since is not ours
+                raise Fenced
             if view.committed >= step:
                 return True
-            if self.views.closed or view.plan is None or view.plan.generation != self.local.generation:
-                raise Fenced
-            if view.plan.attempt > self.local.attempt:
+            if plan.attempt > self.local.attempt:
                 return False
             self.views.wait(version)
 
@@ -352,7 +355,7 @@ class Engine:
         self.hq.state = "saving"
         if not self._finish_pending(late=self.local.step > self._captured):
             return
-        self._save_committed(view)
+        self.save_committed(view)
         point = SavePoint(
             kind="step",
             generation=self.local.generation,
@@ -366,12 +369,9 @@ class Engine:
         self.local = replace(self.local, saved=step)
         self.hq.report(saved=pb.Saved(generation=self.local.generation, savepoint=point.to_proto()))
 
-    def save_committed(self) -> None:
-        """After ``run``: the last committed round to disk. ``StateError`` if that cannot be."""
-        self._save_committed(self.views.newest[0])
-
-    def _save_committed(self, view: View) -> None:
-        if state := self._committed_state(view):
+    def save_committed(self, view: View | None = None) -> None:
+        """The last committed round to disk, of the newest view if none is given. ``StateError`` if that cannot be."""
+        if state := self._committed_state(view or self.views.newest[0]):
             self.points.save(state)
 
     def _publish(self, step: int) -> None:
@@ -396,4 +396,4 @@ class Engine:
         self.hq.state = "leaving"
         self._drop_pending()
         if view.phase != "finished":
-            self._save_committed(view)
+            self.save_committed(view)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..protocol.errors import WireError
 from ..protocol.plan import Plan, SavePoint
 from .outside import MissingError
 from .stage import State
 from .states import States
-from .transfer import Wanted
+from .transfer import LackingError, Wanted
 
 
 def origin(states: States, plan: Plan, peer: str, size: int, stopped: Callable[[], bool]) -> State | None:
@@ -41,6 +40,7 @@ def origin(states: States, plan: Plan, peer: str, size: int, stopped: Callable[[
         return state
     try:
         return states.fetch(Wanted(point=point, stage=number, size=size), donors, stopped)
-    except WireError as error:
+    except LackingError as error:
         names = ", ".join(d[:8] for d in donors)
-        raise MissingError(f"the state of step {step} cannot be had from {names}: {error}", donors[0]) from None
+        holder = next(iter(error.donors), "")
+        raise MissingError(f"the state of step {step} cannot be had from {names}: {error}", holder) from None

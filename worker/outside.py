@@ -13,7 +13,8 @@ from .plan import View
 
 
 class MissingError(Exception):
-    """A state that a plan starts from is not where the coordinator believes: with ``holder``."""
+    """A state that a plan starts from cannot be had; ``holder``: who lacks it though the coordinator believes in it,
+    empty if all were silent."""
 
     def __init__(self, message: str, holder: str) -> None:
         super().__init__(message)

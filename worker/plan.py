@@ -111,11 +111,13 @@ def next_action(view: View, local: Local, config: RunConfig) -> Action | None:
     _, replica = plan.places[local.peer]
     if view.publish is not None and replica == 0 and view.publish > local.published and view.publish <= view.committed:
         return Publish(view.publish)
+    void = local.step <= plan.void and local.step < config.steps and plan.attempt > 0
+    final = local.step < config.steps or local.round == local.step or view.phase == "finishing"
+    if is_eval(config.eval, config.steps, local.step) and local.evaluated < local.step and not void and final:
+        return Evaluate(local.step)
+    # Only now: some of us may have begun to evaluate before they knew that the round is to be closed.
     if view.closing == "round" and local.step == view.end and local.round < view.end:
         return CloseRound(view.end)
-    void = local.step <= plan.void and local.step < config.steps and plan.attempt > 0
-    if is_eval(config.eval, config.steps, local.step) and local.evaluated < local.step and not void:
-        return Evaluate(local.step)
     if local.step < view.until:
         return Train(local.step)
     if view.closing == "save" and local.step == view.end and local.saved < view.end:

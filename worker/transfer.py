@@ -38,6 +38,15 @@ LISTING_NBYTES_PER_SECOND = 50e6  # at which the slowest donor hashes its state
 Arrivals = queue.SimpleQueue[tuple[str, StateName, PieceName, Frame]]
 
 
+class LackingError(WireError):
+    """Nobody who was asked gave a state. ``donors`` have said that they lack it, or gave what is no good; others are
+    silent, which may be the line's fault, or ours."""
+
+    def __init__(self, message: str, donors: Sequence[str]) -> None:
+        super().__init__(message)
+        self.donors = tuple(donors)
+
+
 class Desk:
     """What is on its way to us: only pieces that were asked for come in. Thread-safe."""
 
@@ -106,10 +115,11 @@ class Fetch:
         self._missing: dict[PieceName, None] | None = None  # in order; None: to be found out anew
         self._ask_from = 0.0
         self._why = "nobody has it"
+        self._lacking: list[str] = []
         self.nbytes = 0  # that came
 
     def run(self) -> State:
-        """The state, checked; ``WireError`` if nobody who was asked has it."""
+        """The state, checked; ``LackingError`` if nobody who was asked has it."""
         self._partial = Partial(self._folder, self.wanted.size)
         try:
             self._whole = {w.piece: w for w in self._partial.resume()}
@@ -135,7 +145,7 @@ class Fetch:
             self._ask(chosen, self._missing)
         self._give_up_on_the_silent()
         if not self._donors:
-            raise WireError(self._why)
+            raise LackingError(self._why, self._lacking)
         wait = min(TICK_SECONDS, max(0.001, self._ask_from - self._clock())) if self._ask_from else TICK_SECONDS
         while True:
             try:
@@ -243,9 +253,11 @@ class Fetch:
         if self._missing is not None and self._is_whole(piece):
             self._missing.pop(piece, None)
 
-    def _refuse(self, donor: _Donor, why: str) -> None:
+    def _refuse(self, donor: _Donor, why: str, *, silent: bool = False) -> None:
         log.warning("the state of step %d from %s: %s", self.wanted.point.step, donor.peer[:8], why)
         self._why = why
+        if not silent:
+            self._lacking.append(donor.peer)
         self._donors.pop(donor.peer, None)
         self._missing = None
 
@@ -255,7 +267,7 @@ class Fetch:
             listing_seconds = self.wanted.size * 12 / LISTING_NBYTES_PER_SECOND
             patience = SILENCE_SECONDS + (listing_seconds if donor.listing is None else 0.0)
             if (donor.owes or donor.listing is None) and now - donor.heard > patience:
-                self._refuse(donor, f"{donor.peer[:8]} does not answer")
+                self._refuse(donor, f"{donor.peer[:8]} does not answer", silent=True)
 
     def _finished(self, chosen: Inventory) -> State | None:
         """All pieces are here. None if the reference is not the run's: then whoever listed it is asked no more."""

@@ -12,7 +12,7 @@ from scripted_run import RULES, Run, committed, journaled, leases, training
 
 from potluck.coordinator import events as ev
 from potluck.coordinator.pace import LEARNED, LEAST_SECONDS, Pace
-from potluck.coordinator.state import Gone, Joined, Member, Relet, ReturnLeases, Said, Tick
+from potluck.coordinator.state import Gone, Joined, Member, Relet, ReturnLeases, Said, StopAsked, Tick
 from potluck.coordinator.verify import verify
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.plan import Plan, Replica, StagePlan
@@ -247,6 +247,16 @@ def test_below_quorum_nothing_is_leased_until_nobody_has_come_for_a_while() -> N
     run.round(8)
     assert journaled(run.commands, ev.RoundCommitted)[-1].degraded
     assert not journaled(run.commands, ev.RoundCommitted)[0].degraded
+
+
+def test_a_stop_while_nothing_is_leased_is_a_stop_at_the_last_round(tmp_path: Path) -> None:
+    """The ledger has nothing to tell where a savepoint between two rounds would be."""
+    run = KeptRun(tmp_path, 2, quorum=2)
+    run.join("a", "b")
+    run.ready()
+    assert run.state.held is not None and run.state.until == 0
+    run.do(StopAsked())
+    assert run.state.phase == "stopped" and run.state.stop is None
 
 
 def test_a_held_round_goes_on_when_somebody_comes() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import scripted_hub
+from failing_disk import FailingDisk
 from kept_run import CONFIG, KeptRun
+from manifests import MANIFEST
 from msgspec.structs import replace as changed
 from scripted_hub import CONFIG as HUB_CONFIG
 from scripted_hub import Hand, a_hub, disk
 from scripted_run import journaled, leases, point, saved
-from simulated_disk import FailingDisk
-from simulated_world import MANIFEST
 
 from potluck.coordinator import events as ev
 from potluck.coordinator import hub as shell
@@ -222,7 +222,7 @@ def test_who_does_not_dial_again_is_lost(tmp_path: Path) -> None:
     run = begun(tmp_path, "a", "b", "c", "d")
     held = tuple(run.state.members["d"].savepoints)
     assert run.restart("a", "b", "c") == []
-    assert run.do(Tick(), later=14.5) == []
+    assert run.do(Tick(), later=29.5) == []
     commands = run.do(Tick(), later=1.0)
     assert [e.name for e in journaled(commands, ev.PeerGone)] == ["D"] and journaled(commands, ev.Rerouted)
     assert run.plan.peers == {"a", "b", "c"}

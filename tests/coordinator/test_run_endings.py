@@ -268,8 +268,33 @@ def test_older_rounds_are_gone_back_to_when_nobody_holds_newer_ones(tmp_path: Pa
     for peer in "ab":
         run.say(peer, heartbeat=pb.Heartbeat())
     run.do(Tick(), later=1.0)
+    assert run.plan.first_step == 4 and run.state.committed.step == 8
+    for peer, stage in (("a", 0), ("b", 1)):
+        assert not [c for c in run.commands if isinstance(c, Uncommit)], "nobody has proved to hold step 4 yet"
+        run.say(peer, ready=pb.Ready(generation=run.plan.generation, digest=old.digests[stage]))
     assert [c.step for c in run.commands if isinstance(c, Uncommit)] == [4]
-    assert run.plan.first_step == 4 and run.state.committed == old and run.state.marks == ()
+    assert run.state.committed == old and run.state.marks == ()
+
+
+def test_whoever_holds_the_newer_round_may_come_back_before_an_older_plan_begins(tmp_path: Path) -> None:
+    first = committed("a", "b")
+    old = first.state.committed
+    first.train(8)
+    first.round(8)
+    run = reopened(first, tmp_path)
+    newest = run.state.committed
+    run.join("a", points=(point(old, 0), point(newest, 0)))
+    run.join("b", points=(point(old, 1),))
+    run.now += 40.0
+    for peer in "ab":
+        run.say(peer, heartbeat=pb.Heartbeat())
+    run.do(Tick(), later=1.0)
+    assert run.plan.first_step == 4
+    run.say("b", fault=pb.Fault(generation=run.plan.generation, text="it is damaged", peer="b"))
+    run.join("c", points=(point(newest, 1),))
+    run.do(Tick(), later=2.0)
+    assert run.plan.first_step == 8 and run.state.committed == newest
+    assert not [c for c in run.commands if isinstance(c, Uncommit)]
 
 
 # The end.

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from failing_disk import FailingDisk
 from scripted_run import committed
-from simulated_disk import FailingDisk
 
 from potluck.coordinator import events as ev
 from potluck.coordinator.doors import Doors

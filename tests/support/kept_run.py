@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from manifests import MANIFEST
 from scripted_run import RULES, Run, point, saved, stop_point
-from simulated_world import MANIFEST
 
 from potluck.coordinator.resume import keep
 from potluck.coordinator.service import open_run

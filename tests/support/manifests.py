@@ -20,3 +20,6 @@ def manifest(n_train: int, n_heldout: int, seq_len: int) -> Manifest:
         eos_id=0,
         license="unknown",
     )
+
+
+MANIFEST = manifest(10**5, 100, 8)

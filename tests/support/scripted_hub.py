@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
-from simulated_disk import FailingDisk
-from simulated_world import MANIFEST
+from failing_disk import FailingDisk
+from manifests import MANIFEST
 
 from potluck.coordinator.board import Board
 from potluck.coordinator.hub import Hub, Line

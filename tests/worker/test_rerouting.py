@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from potluck.coordinator import events
 from potluck.protocol.frames import Frame, Kind
+from potluck.protocol.plan import Plan, Replica, StagePlan
+from potluck.worker.engine import Engine
+from potluck.worker.mailbox import Fenced
 from potluck.worker.pipeline import Lane, Pipeline
+from potluck.worker.plan import Local, View
 from potluck.worker.sync import Synchronizer
 
 CREW = tuple("abcdef")
@@ -102,3 +107,30 @@ def test_replicas_die_as_they_send(local_run, make_config, monkeypatch, deaths, 
     dead = [peer for peer, (kind, n) in plan.victims.items() if plan.sent[peer, kind] >= n]
     assert len(dead) == len(ours.seen(events.Rerouted)) > 0
     account.check(ours.machine.plan, STEPS)
+
+
+def test_who_is_lost_applies_nothing_that_the_others_commit_without_it() -> None:
+    """Their newest round is a later one, and the one on its way here is void."""
+    replicas = (Replica(peer="a"), Replica(peer="b"))
+    plan = Plan(
+        generation=1,
+        first_step=0,
+        first_sample=0,
+        origin="init",
+        origin_generation=0,
+        stages=(StagePlan(first_layer=0, last_layer=1, replicas=replicas),),
+        microbatches=1,
+        microbatch_size=1,
+    )
+    view = View(phase="training", plan=plan.without("b", since=0, void=4), committed=9)
+    for peer, applies in (("a", True), ("b", False)):
+        engine: Any = SimpleNamespace(
+            views=SimpleNamespace(newest=(view, 1), closed=False),
+            config=SimpleNamespace(peer=peer),
+            local=Local(peer=peer, generation=1, attempt=1),
+        )
+        if applies:
+            assert Engine._is_committed(engine, 4)
+        else:
+            with pytest.raises(Fenced):
+                Engine._is_committed(engine, 4)
