@@ -87,12 +87,12 @@ def test_a_run_whose_states_are_all_gone_begins_at_the_beginning() -> None:
     run.join("c", "d")
     run.do(Tick(), later=2.0)
     assert run.state.phase == "waiting" and "its workers must come back" in run.state.note
-    commands = wait(run, run.rules.patience_seconds)
-    assert run.plan.origin == "init" and run.plan.first_step == 0
+    wait(run, run.rules.patience_seconds)
+    assert run.plan.origin == "init" and run.plan.first_step == 0 and run.state.committed.step == 4
+    commands = run.ready()
     assert [e.step for e in journaled(commands, ev.RolledBack)] == [0]
     assert any(isinstance(c, Uncommit) and c.step == 0 for c in commands)
-    assert any(isinstance(c, ReturnLeases) for c in commands)
-    run.ready()
+    assert any(isinstance(c, ReturnLeases) for c in run.commands)
     run.train(4)
     run.round(4)
     assert run.state.committed.step == 4 and run.state.committed.sample == 24

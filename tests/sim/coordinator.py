@@ -124,7 +124,11 @@ class SimHub(Hub):
 
     async def _take(self, batch: list[Item], now: float) -> None:
         watch = self.machine.world.watch
-        watch.batch = Batch({(line.session, seq) for _, line, seq in batch if line is not None and seq}, len(batch))
+        numbers = {(line.session, seq) for _, line, seq in batch if line is not None}
+        new = {
+            (session, seq) for session, seq in numbers if seq > self.acked.get(session, 0)
+        }  # others may be acked again
+        watch.batch = Batch(new, len(batch))
         await super()._take(batch, now)
         watch.batch = None
 
