@@ -41,6 +41,7 @@ def simulate(swarm: Swarm, share: float, seed: int) -> tuple[float, float, int]:
     from tests.sim.coordinator import patched
     from tests.sim.kernel import sleep
 
+    sys.set_int_max_str_digits(0)  # weights are counters of samples, written as one number
     size, config = swarm.stages * swarm.replicas, sim.a_config(random.Random(seed), 8)
     changes = {
         "steps": 10**6,
