@@ -196,13 +196,6 @@ def said_once(self: Reports, acked: int) -> None:
     self.acknowledged(acked)
 
 
-def given_up_at_once(self: Machine, start: Start) -> None:
-    """Newer rounds are given up before anybody has proved to hold the older one."""
-    real_begin(self, start)
-    if self.state.plan:
-        self.go_back(self.state.plan)
-
-
 def not_let_again(self: Machine, member: Member) -> bool:
     """A lost replica keeps its leases."""
     done = real_go_on(self, member)
@@ -249,5 +242,4 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "a lost replica keeps its leases": plant((Losses, "go_on_without", not_let_again)),
     "who is away has no deadline": plant((Turn, "give_up", waited_for_ever)),
     "reports are said only once": plant((Reports, "welcomed", said_once)),
-    "newer rounds are given up at once": plant((Machine, "begin", given_up_at_once)),
 }
