@@ -183,7 +183,9 @@ class Links:
                         if channel is None:
                             channel = self._channels[lane] = await self._dial(peer)
                             ended = asyncio.create_task(channel.recv())  # nobody answers: it ends with the channel
-                        await failpoint_async("worker.link.send", UnreachableError)
+                        await failpoint_async(
+                            "worker.link.state.send" if load is Load.STATE else "worker.link.send", UnreachableError
+                        )
                         await channel.send(frame)
                 except PotluckError as error:
                     if load is Load.STATE or self.plan is None or generation == self.plan.generation:
@@ -237,8 +239,9 @@ class Links:
                 header = None
                 frame = await channel.recv()
                 header = frame.header
-                await failpoint_async("worker.link.receive", WireError)
-                if header.kind in STATES:
+                state = header.kind in STATES
+                await failpoint_async("worker.link.state.receive" if state else "worker.link.receive", WireError)
+                if state:
                     self.on_state(channel.peer_id, frame)
                 elif not self.mailbox.put(Address.of(header, channel.peer_id), frame):
                     raise WireError("it sends more than anybody asked for")

@@ -76,6 +76,7 @@ TRAINING: tuple[tuple[str, tuple[str, ...], int], ...] = (
 EXCHANGE = ("worker.round.shard_sent", "worker.round.shards_taken", "worker.round.mean_sent")
 MEMORY = ("worker.forward", "worker.backward", "worker.update")
 LINKS = ("worker.link.send", "worker.link.receive")
+LOGS = ("worker.link.state.send", "worker.link.state.receive")  # of two stages: redo logs, which nobody waits for
 COORDINATOR: tuple[tuple[str, int], ...] = (
     ("coordinator.batch.taken", 30),
     ("coordinator.store.commit", 30),
@@ -163,9 +164,10 @@ def two_replicas() -> Iterator[Scenario]:
         yield at(TWO, "carl", point, "error", WELL, "without")
     for point in LINKS:
         for name in ("anna", "carl"):
-            # What is sent may be a redo log's, which nobody waits for.
-            expect: Expect = "without" if point.endswith("receive") else "any"
-            yield at(TWO, name, point, "error", MID, expect, ci=name == "carl")
+            yield at(TWO, name, point, "error", MID, "without", ci=name == "carl")
+    for point in LOGS:
+        for name in ("anna", "carl"):
+            yield at(TWO, name, point, "error", 3, "on", ci=name == "carl")
     yield at(TWO, "dora", "worker.savepoint.write", "full", 2, "on")
     for name in ("anna", "carl"):
         yield Scenario(layout=TWO, troubles=(Trouble(where=name, mode="interrupt"),), expect="on", ci=name == "anna")
