@@ -13,7 +13,7 @@ STEPS, REPLICAS, STAGES = 300, 4, 3
 SHAPE: dict[str, Any] = {
     "steps": STEPS,
     "model": {"d_model": 128, "layers": 3, "heads": 4, "rotary_dim": 16, "seq_len": 64},
-    "pipeline": {"stages": STAGES, "microbatch_size": 4, "microbatches": 1, "recompute": False, "run_ahead": 0},
+    "pipeline": {"stages": STAGES, "microbatch_size": 4, "microbatches": 1, "recompute": False, "in_flight_gb": 0.0},
     "eval": {"every": 10**6, "samples": 1024},
 }
 VOCABULARY = 512

@@ -63,8 +63,9 @@ class PipelineConfig(Section, frozen=True, kw_only=True):
     microbatches: Annotated[int, Meta(ge=1, le=4096)] = 4
     # Backward recomputes forward from the kept input (activation checkpointing): less memory, a third more work.
     recompute: bool = True
-    # Forwards a stage may run ahead beyond what 1F1B needs, so that a hop's latency hides behind compute.
-    run_ahead: Annotated[int, Meta(ge=0, le=64)] = 1
+    # Memory for microbatches under way beyond what 1F1B holds, in 10^9 bytes: a stage uses it when it would otherwise
+    # wait for a slow line.
+    in_flight_gb: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
     # Replicas of a stage below which nothing new is trained until somebody joins, for coordinator.patience_seconds;
     # then the run goes on, and its rounds are marked as degraded.
     quorum: Annotated[int, Meta(ge=1, le=256)] = 1

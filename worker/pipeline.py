@@ -1,9 +1,11 @@
-"""A step of one replica: the forwards and backwards of its microbatches, 1F1B as far as they arrive, over a wire.
+"""A step of one replica: the forwards and backwards of its microbatches, as they arrive, over a wire.
 
-1F1B (PipeDream-Flush): a few forwards fill the pipe, then a backward goes before the next forward, so at most
-``stages after me + run_ahead + 1`` inputs are kept. Backwards run in the order of the microbatches whatever arrives
-first: gradients are summed in one order, so a step's result does not depend on timing. Nobody waits for ever: the first
-microbatch that is not done everywhere is the first of everybody who has yet to do it.
+Forwards go first until as many microbatches are under way (between their two) as the way there and back takes, then a
+backward before the next forward, as in 1F1B (PipeDream-Flush). How many that are depends on the lines, and shows: a
+stage that has a forward to do never waits for a gradient, and what was under way then may be under way from then on.
+``benchmarks/links/schedule.py`` compares the rule with the best possible. Backwards run in the order of the
+microbatches whatever arrives first: gradients are summed in one order, so a step's result does not depend on timing.
+Nobody waits for ever: the first microbatch that is not done everywhere is the first of everybody who has yet to do it.
 
 When a replica is lost and the generation goes on, its neighbours send what they had sent to it to its substitutes, who
 do its microbatches since the last committed round again, at this one stage (SWARM, arXiv 2301.11913, re-sends the same
@@ -29,6 +31,7 @@ from .data import Dataset
 from .mailbox import Address, Rerouted
 from .stage import Stage
 
+GRAPH_TENSORS = 20  # of a hidden state's size, about, that autograd keeps for each block
 KEPT_NBYTES = 4 << 30  # of what was sent since the last committed round; beyond it a loss costs the round
 
 
@@ -126,8 +129,16 @@ class Pipeline:
         self._begun = self.seat.plan.first_step  # steps that are done or at work
         self._result = StepResult()
         self._waited = 0.0
-        after = self.seat.stages - 1 - self.seat.stage
-        self._window = after + self.config.pipeline.run_ahead + 1
+        self._window = self.seat.stages - self.seat.stage  # microbatches under way, for a line without latency
+        self._most = self._window + self._spare()
+
+    def _spare(self) -> int:
+        """Microbatches under way that there is memory for."""
+        model, pipeline = self.config.model, self.config.pipeline
+        nbytes = 4 * pipeline.microbatch_size * model.seq_len * model.d_model
+        if not pipeline.recompute:
+            nbytes *= 1 + GRAPH_TENSORS * (self.stage.last - self.stage.first)
+        return int(pipeline.in_flight_gb * 1e9 / nbytes)
 
     def attempt_in(self, generation: int) -> int:
         """The newest attempt of a generation that we have heard of."""
@@ -165,27 +176,32 @@ class Pipeline:
         return result
 
     def _advance(self) -> None:
-        """One microbatch goes one way: the next backward if it can, else the forward whose input is there first."""
+        """One microbatch goes one way, see the module."""
         first = self._to_backward[0]
-        if self.seat.is_last:
-            ahead = [first]
-        else:
-            ahead = [lane for lane in self._to_forward if lane in self._inherited]
-            own = next((lane for lane in self._to_forward if lane not in self._inherited), None)
-            if own and sum(lane not in self._inherited for lane in self._flights) < self._window:
-                ahead.append(own)
         gradient = self._from(Kind.GRADIENT, first) if first in self._flights else None
-        if self.seat.is_first and ahead and not (gradient and self.wire.holds(gradient)):
-            self._forward(ahead[0])
-            return
-        inputs = {} if self.seat.is_first else {self._from(Kind.ACTIVATION, lane): lane for lane in ahead}
-        if (found := self._arrived([*([gradient] if gradient else []), *inputs])) is None:
-            return  # the routes have changed
-        place, frame = found
-        if place == gradient:
-            self._backward(first, frame)
+        inherited = [lane for lane in self._to_forward if lane in self._inherited]
+        own = next((lane for lane in self._to_forward if lane not in self._inherited), None)
+        if self.seat.is_last:
+            inherited, own = [first], None
+        flights = sum(lane not in self._inherited for lane in self._flights)
+        may_grow = flights < self._most
+        ahead = [own] if own and flights < self._window else []
+        behind = [*inherited, *([own] if own and not ahead and may_grow else [])]
+        if self.seat.is_first and (ahead or (behind and not (gradient and self.wire.holds(gradient)))):
+            place, frame, lane = None, None, (ahead or behind)[0]
         else:
-            self._forward(inputs[place], frame)
+            inputs = {} if self.seat.is_first else {self._from(Kind.ACTIVATION, x): x for x in (*ahead, *behind)}
+            wanted = [*list(inputs)[: len(ahead)], *([gradient] if gradient else []), *list(inputs)[len(ahead) :]]
+            if (found := self._arrived(wanted)) is None:
+                return  # the routes have changed
+            place, frame = found
+            if place == gradient:
+                self._backward(first, frame)
+                return
+            lane = inputs[place]
+        if lane == own:
+            self._window = max(self._window, flights + 1)
+        self._forward(lane, frame)
 
     def _from(self, kind: Kind, lane: Lane) -> Address:
         """Where a microbatch's activation or gradient comes in."""

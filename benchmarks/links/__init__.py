@@ -1,0 +1,1 @@
+"""potluck on emulated home lines: ``python -m benchmarks.links --help``."""

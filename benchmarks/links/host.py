@@ -1,0 +1,141 @@
+"""A worker whose every microbatch takes as long as it is told, and that writes down where its time goes.
+
+    python -m benchmarks.links.host PACE TRACE -- worker join ...
+
+``PACE`` is a JSON object: ``forward`` and ``backward``, in seconds a microbatch for each of the stage's blocks (and
+for the head, which counts for one). It computes for real, with all its cores, then sleeps until that time is over: so
+every host is a machine of a known speed though all share a few cores. ``late`` counts what took longer than that.
+
+``TRACE`` gets one JSON line for everything that happened, in seconds of the machine's monotonic clock, which all hosts
+share. Nothing of potluck knows of this: functions are wrapped from outside.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Trace:
+    """Lines in memory, written at the end of every step."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._lock = threading.Lock()
+        self._lines: list[dict[str, Any]] = []
+
+    def add(self, **what: Any) -> None:
+        with self._lock:
+            self._lines.append(what)
+
+    def flush(self) -> None:
+        with self._lock:
+            lines, self._lines = self._lines, []
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+
+
+def around(holder: Any, name: str, after: Callable[..., None]) -> None:
+    """Calls ``after(start, end, result, *arguments)`` behind every ``holder.name``."""
+    inner = getattr(holder, name)
+
+    @functools.wraps(inner)
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        start = time.monotonic()
+        result = inner(*args, **kwargs)
+        after(start, time.monotonic(), result, *args)
+        return result
+
+    setattr(holder, name, outer)
+
+
+def calibrate(pace: dict[str, float], trace: Trace) -> None:
+    """Makes forward and backward last as long as they are told."""
+    import torch
+
+    from potluck.worker.model import StageModule
+
+    blocks = [0]
+
+    def until(start: float, seconds: float) -> None:
+        left = start + seconds - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+        else:
+            trace.add(op="late", t=start, seconds=-left)
+
+    def forward(start: float, end: float, result: Any, module: StageModule, *_: Any) -> None:
+        blocks[0] = len(module.blocks) + module.is_last
+        until(start, pace["forward"] * blocks[0])
+
+    def backward(start: float, end: float, result: Any, *_: Any) -> None:
+        until(start, pace["backward"] * blocks[0])
+
+    around(StageModule, "forward", forward)
+    around(torch.Tensor, "backward", backward)
+
+
+def watch(trace: Trace) -> None:
+    """Notes what the computing thread does, what is handed to the line and what comes in."""
+    from potluck.protocol.frames import Kind
+    from potluck.worker.boundary import Boundary
+    from potluck.worker.links import Links
+    from potluck.worker.mailbox import Mailbox
+    from potluck.worker.pipeline import Pipeline
+
+    def way(op: str) -> Callable[..., None]:
+        def after(start: float, end: float, result: Any, pipeline: Pipeline, lane: Any, *_: Any) -> None:
+            trace.add(op=op, t=start, end=end, step=lane.step, m=lane.m, stage=pipeline.seat.stage)
+
+        return after
+
+    around(Pipeline, "_forward", way("forward"))
+    around(Pipeline, "_backward", way("backward"))
+
+    def stepped(start: float, end: float, result: Any, pipeline: Pipeline, step: int) -> None:
+        trace.add(op="step", t=start, end=end, step=step, stage=pipeline.seat.stage, replica=pipeline.seat.replica)
+        trace.flush()
+
+    around(Pipeline, "step", stepped)
+    for name in ("activation", "gradient"):
+        around(Boundary, name, lambda start, end, *_: trace.add(op="encode", t=start, end=end))
+    for name in ("received", "received_gradient"):
+        around(Boundary, name, lambda start, end, *_: trace.add(op="decode", t=start, end=end))
+
+    def frame(op: str, at: float, header: Any, nbytes: int, peer: str) -> None:
+        trace.add(op=op, t=at, kind=Kind(header.kind).name, step=header.step, m=header.microbatch, n=nbytes, peer=peer)
+
+    def posted(start: float, end: float, result: Any, links: Links, peer: str, what: Any) -> None:
+        frame("post", start, what.header, len(what.payload), peer)
+
+    def arrived(start: float, end: float, result: Any, box: Mailbox, address: Any, what: Any) -> None:
+        frame("arrive", start, what.header, len(what.payload), address.sender)
+
+    around(Links, "post", posted)
+    around(Mailbox, "put", arrived)
+
+
+def main() -> None:
+    pace, path, dash, *arguments = sys.argv[1:]
+    if dash != "--":
+        raise SystemExit(__doc__)
+    trace = Trace(Path(path))
+    calibrate(json.loads(pace), trace)
+    watch(trace)
+    from potluck.cli import main as potluck
+
+    sys.argv = ["potluck", *arguments]
+    try:
+        potluck()
+    finally:
+        trace.flush()
+
+
+if __name__ == "__main__":
+    main()
