@@ -57,6 +57,7 @@ class Channel:
     ) -> None:
         self.peer_id = peer_id
         self.channel_id = channel_id or secrets.token_bytes(16)
+        self.gate: Callable[[], Awaitable[None]] | None = None  # waited for before each message of what we send
         self._config = config
         self._on_end = on_end
         self._ended: PotluckError | None = None
@@ -134,6 +135,16 @@ class Channel:
             self._part(Bye())
             await asyncio.wait({self._session})
 
+    @property
+    def in_flight_nbytes(self) -> int:
+        """Payload bytes that were sent and have not arrived, as far as we have heard."""
+        return self._outbox.in_flight_nbytes
+
+    async def progress(self) -> None:
+        """Wait until some of what is in flight has arrived."""
+        before = self._outbox.in_flight_nbytes
+        await self._until(lambda: self._outbox.in_flight_nbytes < before or not before)
+
     def path(self) -> PathInfo:
         return PathInfo(self._kind, self._outbox.rate.rtt_seconds, self._outbox.rate.bytes_per_second)
 
@@ -194,6 +205,7 @@ class Channel:
             raise UnreachableError(
                 f"{self.peer_id} did not answer within {timeout.total_seconds():g} s",
                 hint="check that it is running",
+                code="silent",
             ) from None
 
     async def _greet(self, pipe: Pipe) -> None:
@@ -334,6 +346,8 @@ class Channel:
 
     async def _put_frame(self, pipe: Pipe) -> None:
         for message, spent_on, dense in self._outbox.messages(_now()):
+            if self.gate is not None:
+                await self.gate()
             if self._farewell is not None:
                 return
             if self._ack_due:

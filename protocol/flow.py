@@ -26,6 +26,7 @@ from .frames import (
 )
 
 _FRAME_COST = 256  # what an empty frame counts for in a window
+ACK_NBYTES = 32 * 1024  # of a frame, after which its sender hears how far it is
 
 
 def cost(frame: Frame) -> int:
@@ -48,12 +49,14 @@ class Outbox:
 
     def __init__(self, window_nbytes: int) -> None:
         self.unacked_nbytes = 0
+        self.in_flight_nbytes = 0  # payload bytes on the present pipe that the peer has not told of
         self.rate = Rate()
         self._window_nbytes = window_nbytes
         self._entries: dict[int, Outgoing] = {}
         self._acked = self._cursor = self._next = 0
         self._dispatched = 0  # frames handed to the present pipe whole, or about to be
         self._offset = 0  # where in the frame at the cursor to go on
+        self._partial = 0  # payload bytes that the peer has of the first frame that is not whole there
         self._peer_window = 0
         self._peer_consumed = 0
         self._unconsumed: deque[tuple[int, int]] = deque()
@@ -95,17 +98,26 @@ class Outbox:
             spent_on = Purpose.RETRANSMIT if entry.high_water >= end else purpose(entry.frame.header.kind)
             dense = entry.frame.header.dense_nbytes if entry.high_water < 0 else 0
             entry.high_water = max(entry.high_water, end)
+            self.in_flight_nbytes += end - offset
+            offset = end
             yield message, spent_on, dense
 
     def acknowledge(self, ack: Ack, now: float) -> bool:
         """Forget what the peer has; whether that was anything."""
         if not self._acked <= ack.received <= self._dispatched or ack.consumed > ack.received:
             raise WireError("the peer acknowledges frames that were never sent")
+        under_way = self._entries.get(ack.received)
+        if ack.partial and (under_way is None or ack.partial > under_way.high_water):
+            raise WireError("the peer acknowledges bytes that were never sent")
+        whole = sum(len(self._entries[sequence].frame.payload) for sequence in range(self._acked, ack.received))
+        arrived = whole + ack.partial - self._partial
+        self.in_flight_nbytes = max(0, self.in_flight_nbytes - arrived)
+        self._partial = ack.partial
         for sequence in range(self._acked, ack.received):
             entry = self._entries.pop(sequence)
             self.unacked_nbytes -= cost(entry.frame)
             self.rate.acked(entry, now, idle=sequence + 1 == self._cursor)
-        advanced = ack.received > self._acked
+        advanced = ack.received > self._acked or arrived > 0
         self._acked = ack.received
         self._peer_consumed = max(self._peer_consumed, ack.consumed)
         while self._unconsumed and self._unconsumed[0][0] < self._peer_consumed:
@@ -121,7 +133,8 @@ class Outbox:
         if entry is not None and 0 < len(entry.frame.payload) == hello.partial:
             raise WireError("the peer holds a whole frame and does not say so")
         self._cursor = self._dispatched = self._acked
-        self._offset = hello.partial
+        self._offset = self._partial = hello.partial
+        self.in_flight_nbytes = 0
         while self._unconsumed and self._unconsumed[-1][0] >= self._cursor:
             self._unconsumed_nbytes -= self._unconsumed.pop()[1]
         for waiting in self._entries.values():
@@ -149,6 +162,7 @@ class Inbox:
         self._frames: deque[Frame] = deque()
         self._held_nbytes = 0
         self._unadvertised_nbytes = 0
+        self._told_nbytes = 0  # of the frame under way
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -169,7 +183,10 @@ class Inbox:
         return Purpose.CONTROL, 0
 
     def add(self, message: Start | More) -> bool:
-        """Take a part of a frame; whether that made it whole. A frame that is here already is dropped."""
+        """Take a part of a frame; whether the sender should hear of it: that it is whole, or how far it is.
+
+        A frame that is here already is dropped.
+        """
         if message.sequence > self.received:
             raise WireError("a frame was skipped")
         if message.sequence < self.received:
@@ -179,6 +196,7 @@ class Inbox:
     def _start(self, message: Start) -> bool:
         header = message.header
         self._partial = None
+        self._told_nbytes = 0
         if header.nbytes > self._max_frame_nbytes:
             raise WireError(f"a frame of {header.nbytes} bytes is over the limit of {self._max_frame_nbytes}")
         if self._held_nbytes > self._window_nbytes:
@@ -202,7 +220,7 @@ class Inbox:
         partial.checksum = zlib.crc32(chunk, partial.checksum)
         partial.chunks.append(chunk)
         if partial.nbytes < header.nbytes:
-            return False
+            return partial.nbytes - self._told_nbytes >= ACK_NBYTES
         self._partial = None
         if partial.checksum != header.checksum:
             raise WireError("a frame arrived damaged: its checksum is wrong")
@@ -226,7 +244,8 @@ class Inbox:
 
     def ack(self) -> Ack:
         self._unadvertised_nbytes = 0
-        return Ack(self.received, self.consumed)
+        self._told_nbytes = self.partial_nbytes
+        return Ack(self.received, self.consumed, self._told_nbytes)
 
 
 class Rate:

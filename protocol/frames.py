@@ -21,9 +21,9 @@ from msgspec import Meta, Struct
 from .errors import WireError
 
 HEADER_NBYTES = 2048
-MESSAGE_NBYTES = 256 * 1024
+MESSAGE_NBYTES = 64 * 1024
 MAX_FRAME_NBYTES = 1 << 30
-VERSION = 1
+VERSION = 2
 
 
 class Kind(IntEnum):
@@ -176,8 +176,9 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    received: int
-    consumed: int
+    received: int  # frames that are whole
+    consumed: int  # frames taken by the program
+    partial: int = 0  # payload bytes of the frame after those
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +210,7 @@ Message = Hello | Ack | Start | More | Bye | Trouble
 
 _HELLO, _ACK, _START, _MORE, _BYE, _TROUBLE = range(1, 7)
 _Hello = struct.Struct("!BB16s?QQQQ")
-_Ack = struct.Struct("!BQQ")
+_Ack = struct.Struct("!BQQQ")
 _Start = struct.Struct("!BQ")
 _More = struct.Struct("!BQQ")
 _Trouble = struct.Struct("!BB")
@@ -219,8 +220,8 @@ def encode_message(message: Hello | Ack | Bye | Trouble) -> bytes:
     match message:
         case Hello(channel, resume, received, partial, consumed, window):
             return _Hello.pack(_HELLO, VERSION, channel, resume, received, partial, consumed, window)
-        case Ack(received, consumed):
-            return _Ack.pack(_ACK, received, consumed)
+        case Ack(received, consumed, partial):
+            return _Ack.pack(_ACK, received, consumed, partial)
         case Bye():
             return bytes((_BYE,))
         case Trouble(reason, text):

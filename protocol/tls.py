@@ -141,6 +141,7 @@ async def fetch_certificate(host: str, port: int, timeout: datetime.timedelta) -
         raise UnreachableError(
             f"no answer from {address} within {timeout.total_seconds():g} s",
             hint="check the address and the firewall on the way",
+            code="silent",
         ) from None
     except UnicodeError:
         raise UnreachableError(f"{address!r} is not an address", hint="write it as host:port", code="address") from None

@@ -1,18 +1,20 @@
 """The way to other peers: what we send goes over channels we dial, everything that arrives into the mailbox.
 
 Each side dials those it sends to, so nobody has to agree on who dials. A channel keeps its order, so rounds and
-states have one of their own each beside that of the boundary tensors: a long transfer never holds up a microbatch, nor
-a state a round. States, and what goes to keepers, go when nothing else waits to be sent, belong to no generation, and
-nobody faults anybody for them: who misses something asks elsewhere.
+states have one of their own each beside that of the boundary tensors, and give way to it, a state also to a round:
+message by message (64 KiB) they go when nothing that comes first is on its way to anybody, few at a time, or after a
+second. So a long transfer never holds up a microbatch. States, and what goes to keepers, belong to no generation, and nobody
+faults anybody for them: who misses something asks elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Sequence
-from enum import Enum
+from enum import IntEnum
 from typing import Protocol
 
 from ..protocol.channel import Channel
@@ -29,9 +31,9 @@ from .squeeze import SUFFIX
 
 log = logging.getLogger(__name__)
 BOUNDARY = (Kind.ACTIVATION, Kind.GRADIENT, Kind.MISS)
-ADMISSION_SECONDS = 30.0  # for a peer to hear of the plan that we already know
+DIAL_SECONDS = 30.0  # for a peer to hear of the plan that we already know, or to answer over a line full of a round
 STATES = (Kind.STATE_REQUEST, Kind.STATE, Kind.REDO)
-GIVE_WAY_SECONDS = 1.0  # that a piece of a state waits at most while training has something to send
+GIVE_WAY_SECONDS = 1.0  # that a message of a round or a state waits at most for what comes first
 OnState = Callable[[str, Frame], None]
 
 
@@ -39,18 +41,19 @@ class OnFault(Protocol):
     def __call__(self, generation: int, peer: str, text: str) -> None: ...
 
 
-class Load(Enum):
-    """What a lane carries."""
+class Load(IntEnum):
+    """What a lane carries; the smaller comes first."""
 
-    BOUNDARY = "boundary"
-    ROUND = "round"
-    STATE = "state"
+    BOUNDARY = 0
+    ROUND = 1
+    STATE = 2
 
 
 def load_of(kind: Kind) -> Load:
     return Load.BOUNDARY if kind in BOUNDARY else Load.STATE if kind in STATES else Load.ROUND
 
 
+QUEUE_SECONDS = 0.1  # that rounds and states may add to what a microbatch waits for the line, beside a round trip
 Lane = tuple[str, Load]  # to a peer
 
 
@@ -69,6 +72,7 @@ class Links:
         self._tasks: dict[Lane, asyncio.Task[None]] = {}
         self._readers: set[asyncio.Task[None]] = set()
         self._channels: dict[Lane, Channel] = {}
+        self._turn = asyncio.Lock()  # of the one background message that waits for the line
 
     async def start(self, transport: Transport) -> list[str]:
         """Listens; returns the addresses to announce."""
@@ -147,12 +151,25 @@ class Links:
             return True
         return self.plan is not None and frame.header.generation == self.plan.generation
 
-    async def _give_way(self) -> None:
-        """Until nothing of training's is on its way, or it was long enough."""
+    async def _give_way(self, load: Load) -> None:
+        """Until nothing that comes before ``load`` is on its way, and of the rest no more than the line takes in a
+        moment: what is in its queue goes before a microbatch that comes later. Or it was long enough."""
         with contextlib.suppress(TimeoutError, PotluckError):
-            async with asyncio.timeout(GIVE_WAY_SECONDS):
-                for channel in [c for (_, load), c in self._channels.items() if load is not Load.STATE]:
+            async with asyncio.timeout(GIVE_WAY_SECONDS), self._turn:
+                for channel in [c for (_, other), c in self._channels.items() if other < load]:
                     await channel.drain()
+                while len(busy := self._background()) and sum(c.in_flight_nbytes for c in busy) > self._allowance():
+                    await busy[0].progress()
+
+    def _background(self) -> list[Channel]:
+        """Channels of rounds and states with something in flight."""
+        return [c for (_, load), c in self._channels.items() if load is not Load.BOUNDARY and c.in_flight_nbytes]
+
+    def _allowance(self) -> float:
+        """Bytes of rounds and states that may be in flight, all together, before one more message goes."""
+        paths = [c.path() for c in self._channels.values()]
+        moments = [p.bytes_per_second * (QUEUE_SECONDS + (p.rtt_seconds or 0)) for p in paths if p.bytes_per_second]
+        return max(moments, default=0.0)
 
     async def _send_all(self, lane: Lane, outbox: asyncio.Queue[Frame]) -> None:
         """A lane's life: dials when there is something to send, and again after a channel that ended at rest.
@@ -178,10 +195,10 @@ class Links:
                     waiting = asyncio.ensure_future(outbox.get())
                     if self._is_current(lane, frame):
                         generation = frame.header.generation
-                        if load is Load.STATE:
-                            await self._give_way()
                         if channel is None:
                             channel = self._channels[lane] = await self._dial(peer)
+                            if load is not Load.BOUNDARY:
+                                channel.gate = functools.partial(self._give_way, load)
                             ended = asyncio.create_task(channel.recv())  # nobody answers: it ends with the channel
                         await failpoint_async(
                             "worker.link.state.send" if load is Load.STATE else "worker.link.send", UnreachableError
@@ -215,12 +232,12 @@ class Links:
 
     async def _dial(self, peer: str) -> Channel:
         assert self._transport is not None
-        deadline = asyncio.get_running_loop().time() + ADMISSION_SECONDS
+        deadline = asyncio.get_running_loop().time() + DIAL_SECONDS
         while True:
             try:
                 return await self._transport.dial(peer, self._addresses[peer])
             except UnreachableError as error:
-                if error.code != "admission" or asyncio.get_running_loop().time() > deadline:
+                if error.code not in ("admission", "silent") or asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(0.1)
 

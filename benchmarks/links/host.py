@@ -3,8 +3,9 @@
     python -m benchmarks.links.host PACE TRACE -- worker join ...
 
 ``PACE`` is a JSON object: ``forward`` and ``backward``, in seconds a microbatch for each of the stage's blocks (and
-for the head, which counts for one). It computes for real, with all its cores, then sleeps until that time is over: so
-every host is a machine of a known speed though all share a few cores. ``late`` counts what took longer than that.
+for the head, which counts for one), and ``time``, by which time is shorter than in the run that this one stands for.
+It computes for real, then sleeps until its seconds are over: so every host is a machine of a known speed though all
+share a few cores. A line ``late`` tells of what took longer than that.
 
 ``TRACE`` gets one JSON line for everything that happened, in seconds of the machine's monotonic clock, which all hosts
 share. Nothing of potluck knows of this: functions are wrapped from outside.
@@ -20,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+MESSAGE_NBYTES = 4096  # two or three to a microbatch, where the real run has 17
 
 
 class Trace:
@@ -81,6 +84,15 @@ def calibrate(pace: dict[str, float], trace: Trace) -> None:
     around(torch.Tensor, "backward", backward)
 
 
+def scale(time_factor: float) -> None:
+    """Makes what gives way to what as fine as it is in the real run, where frames are so much longer."""
+    from potluck.protocol import frames
+    from potluck.worker import links
+
+    frames.MESSAGE_NBYTES = MESSAGE_NBYTES
+    links.GIVE_WAY_SECONDS *= time_factor
+
+
 def watch(trace: Trace) -> None:
     """Notes what the computing thread does, what is handed to the line and what comes in."""
     from potluck.protocol.frames import Kind
@@ -125,8 +137,9 @@ def main() -> None:
     pace, path, dash, *arguments = sys.argv[1:]
     if dash != "--":
         raise SystemExit(__doc__)
-    trace = Trace(Path(path))
-    calibrate(json.loads(pace), trace)
+    trace, factors = Trace(Path(path)), json.loads(pace)
+    calibrate(factors, trace)
+    scale(factors["time"])
     watch(trace)
     from potluck.cli import main as potluck
 

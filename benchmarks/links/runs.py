@@ -50,7 +50,7 @@ class Failed(Exception):
 def pace(layout: Layout) -> dict[str, float]:
     """Seconds a microbatch and block: a quarter forward, as much again recomputed, half backward."""
     block = layout.compute_seconds / (layout.layers / layout.stages)
-    return {"forward": block / 4, "backward": block / 2}
+    return {"forward": block / 4, "backward": block / 2, "time": layout.time_factor}
 
 
 def plain_tokens_per_second(layout: Layout) -> float:

@@ -87,9 +87,9 @@ class Layout:
     def describe(self) -> str:
         return (
             f"{self.name}: {GPTJ['layers'] // self.stages} GPT-J blocks on an {self.card.name}"
-            f" ({UTILISATION:.0%} of {self.card.tflops:g} TFLOP/s), {self.real_seconds:.2f} s a microbatch of {SEQ_LEN};"
-            f" stands for it: d {self.width}, {self.layers // self.stages} blocks, {self.compute_seconds:g} s a microbatch"
-            f" of {self.seq_len}. Rates x {self.rate_factor:.5f}, latencies x {self.time_factor:.4f};"
+            f" ({UTILISATION:.0%} of {self.card.tflops:g} TFLOP/s), {self.real_seconds:.2f} s a microbatch of"
+            f" {SEQ_LEN}; stands for it: d {self.width}, {self.layers // self.stages} blocks, {self.compute_seconds:g} s a"
+            f" microbatch of {self.seq_len}. Rates x {self.rate_factor:.5f}, latencies x {self.time_factor:.4f};"
             f" {self.thin:.1f} times fewer weights for T d, so 4 fragments at once"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from benchmarks.links.schedule import Times, best, even, lower_bound, one_f_one_b, replay, uneven
 
 

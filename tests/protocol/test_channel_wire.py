@@ -14,6 +14,7 @@ from potluck.protocol.channel import Channel
 from potluck.protocol.errors import UnreachableError, WireError
 from potluck.protocol.flow import Inbox, Outbox
 from potluck.protocol.frames import (
+    MESSAGE_NBYTES,
     Ack,
     Check,
     Frame,
@@ -106,6 +107,36 @@ async def test_duplicates_are_dropped_and_acknowledged_again() -> None:
     await peer.stop()
 
 
+async def test_the_sender_of_a_long_frame_hears_how_far_it_is() -> None:
+    peer = Peer()
+    pipe = await peer.open()
+    long = frame(0, b"x" * (3 * MESSAGE_NBYTES))
+    parts = messages(0, long)
+    await pipe.send(parts[0])
+    assert parse_message(await pipe.recv()) == Ack(0, 0, len(parse_message(parts[0]).chunk))  # type: ignore[union-attr]
+    for part in parts[1:]:
+        await pipe.send(part)
+    while (ack := parse_message(await pipe.recv())) != Ack(1, 0):
+        assert isinstance(ack, Ack) and ack.received == 0 < ack.partial < len(long.payload)
+    await peer.stop()
+
+
+async def test_what_is_in_flight_is_what_the_peer_has_not_told_of() -> None:
+    peer = Peer()
+    pipe = await peer.open()
+    payload = b"x" * (3 * MESSAGE_NBYTES)
+    await peer.channel.send(frame(0, payload))
+    while peer.channel.in_flight_nbytes < len(payload):
+        await pipe.recv()
+    await pipe.send(encode_message(Ack(0, 0, MESSAGE_NBYTES)))
+    await peer.channel.progress()
+    assert peer.channel.in_flight_nbytes == 2 * MESSAGE_NBYTES
+    await pipe.send(encode_message(Ack(1, 0)))
+    await peer.channel.progress()
+    assert peer.channel.in_flight_nbytes == 0
+    await peer.stop()
+
+
 async def test_a_damaged_frame_is_not_delivered_and_the_channel_recovers() -> None:
     peer = Peer()
     pipe = await peer.open()
@@ -144,6 +175,7 @@ async def test_the_third_refused_message_ends_the_channel() -> None:
     [
         *(messages(1, frame(1))[:1]),  # a gap
         encode_message(Ack(1, 0)),  # for what was never sent
+        encode_message(Ack(0, 0, 1)),
         encode_message(Hello(b"c" * 16, False, 0, 0, 0, 1)),  # twice
     ],
 )

@@ -11,8 +11,9 @@ import pytest
 
 from potluck.protocol.channel import Channel
 from potluck.protocol.errors import TicketError, UnreachableError
-from potluck.protocol.frames import Frame, Kind, TensorSpec, make_frame
-from potluck.protocol.memory import MemoryNetwork
+from potluck.protocol.frames import MESSAGE_NBYTES, Frame, Kind, Purpose, TensorSpec, make_frame
+from potluck.protocol.memory import MemoryNetwork, MemoryPipe
+from potluck.protocol.meter import Meter
 from potluck.protocol.pipe import ChannelConfig
 from potluck.protocol.plan import Plan, Replica, StagePlan
 from potluck.protocol.ticket import Ticket
@@ -155,6 +156,61 @@ async def test_links_that_close_say_goodbye():
         assert pair.accepted[0].closed
         await pair.links["b"].close()
         assert asyncio.get_running_loop().time() - began < 1.0
+
+
+async def test_a_peer_that_does_not_answer_at_once_is_dialled_again(monkeypatch):
+    """A line full of a round answers late: nobody is given up for that."""
+    async with Pair() as pair:
+        transport, silent = pair.links["a"]._transport, [True, True]
+        dial = transport.dial
+
+        async def late(peer: str, addresses: tuple[str, ...]) -> Channel:
+            if silent:
+                silent.pop()
+                raise UnreachableError("b did not answer within 10 s", code="silent")
+            return await dial(peer, addresses)
+
+        monkeypatch.setattr(transport, "dial", late)
+        pair.links["a"].post("b", activation(1))
+        assert (await pair.arrives(1)).header.step == 1
+        assert pair.faults.empty() and not silent
+
+
+async def test_a_round_gives_way_to_a_microbatch_in_the_middle_of_a_frame(monkeypatch):
+    sent: list[Purpose] = []
+    under_way = asyncio.Event()
+    record = Meter.record
+
+    def noted(meter: Meter, peer: str, direction: str, purpose: Purpose, *numbers: int) -> None:
+        if direction == "out" and purpose is not Purpose.CONTROL:
+            sent.append(purpose)
+            if len(sent) == 4:
+                under_way.set()
+        record(meter, peer, direction, purpose, *numbers)
+
+    async def slowly(pipe: MemoryPipe, message: bytes) -> None:
+        await asyncio.sleep(0.001)
+        await send(pipe, message)
+
+    send = MemoryPipe.send
+    monkeypatch.setattr(MemoryPipe, "send", slowly)
+    monkeypatch.setattr(Meter, "record", noted)
+    async with Pair() as pair:
+        pair.links["a"].post("b", activation(1))
+        await pair.arrives(1)
+        large = 20 * MESSAGE_NBYTES
+        shard = activation(1, b"x" * large)
+        header = msgspec.structs.replace(shard.header, kind=Kind.SHARD)
+        pair.links["a"].post("b", Frame(header, shard.payload))
+        await under_way.wait()
+        pair.links["a"].post("b", activation(2, b"x" * large))
+        await pair.arrives(2)
+        place = Address(1, Kind.SHARD, 1, 0, 0, "a")
+        await asyncio.to_thread(pair.links["b"].mailbox.take, [place], 0, 10.0)
+    first, last = sent.index(Purpose.ACTIVATION, 1), len(sent) - sent[::-1].index(Purpose.ACTIVATION)
+    assert sent[first:last].count(Purpose.ACTIVATION) > 20
+    assert sent[first:last].count(Purpose.WEIGHTS) <= 1  # one had passed the gate
+    assert sent[last:].count(Purpose.WEIGHTS) > 10
 
 
 def test_one_sender_cannot_fill_the_mailbox(monkeypatch):
