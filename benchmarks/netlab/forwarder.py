@@ -29,7 +29,7 @@ CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 BATCH = 64  # packets read from one host before others have their turn
 LATE_SECONDS = 0.001
-BUSY, GRAIN_SECONDS = 4, 0.0003  # after so many packets in a turn, the next turn waits for more of them
+GRAIN_SECONDS, SPARE_TURNS = 0.0005, 6  # waking up costs most: under load a turn is made only so often
 
 
 class Refused(Exception):
@@ -121,37 +121,36 @@ class Forwarder:
         clock, tuns, net = time.monotonic, self.hosts.tuns, self.net
         readers = {tun: i for i, tun in enumerate(tuns)}
         waited_for = [self.control.fileno(), *tuns]
+        turned, spare = 0.0, 0.0
         while True:
+            now = clock()
+            spare = min(spare + (now - turned) / GRAIN_SECONDS, SPARE_TURNS) - 1
+            turned = now
+            if spare < 0:
+                time.sleep(-spare * GRAIN_SECONDS)
             at = net.next()
             ready = select.select(waited_for, (), (), None if at is None else max(0.0, at - clock()))[0]
-            handled = 0
             for fd in ready:
                 if fd in readers:
-                    handled += self.read(readers[fd], fd)
+                    self.read(readers[fd], fd)
                 elif not self.obey():
                     return
             now = clock()
             for due, j, packet in net.due(now):
                 with contextlib.suppress(OSError):  # the interface is down or has no room: lost
                     os.write(tuns[j], packet)
-                handled += 1
                 self.packets += 1
                 self.late += now - due > LATE_SECONDS
-            if handled >= BUSY:
-                time.sleep(GRAIN_SECONDS)
 
-    def read(self, i: int, tun: int) -> int:
-        """Takes in what host ``i`` sent; how many packets."""
+    def read(self, i: int, tun: int) -> None:
+        """Takes in what host ``i`` sent."""
         size, prefix, last, enter = self.net.mtu, self.prefix, len(self.hosts.tuns), self.net.enter
-        now, n = time.monotonic(), 0
-        try:
-            for n in range(BATCH):  # noqa: B007
+        now = time.monotonic()
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(BATCH):
                 packet = os.read(tun, size)
                 if packet[16:19] == prefix and packet[0] >> 4 == 4 and 0 < packet[19] <= last:
                     enter(now, i, packet[19] - 1, len(packet), packet)
-        except BlockingIOError:
-            return n
-        return n + 1
 
     def obey(self) -> bool:
         """False: whoever commands is gone."""

@@ -58,12 +58,18 @@ class Host:
     down: Queue
     cut: bool = False
     ways: list[Way] = field(default_factory=list)
+    coming: list[tuple[float, int, int, bytes]] = field(default_factory=list)  # a heap: moment, order, bytes, packet
+
+    def next(self) -> float:
+        """When the first of those coming is through the line down, if it is not dropped."""
+        at, _, nbytes, _ = self.coming[0]
+        free = self.down.free
+        return (at if at > free else free) + nbytes / self.down.rate
 
 
 class Net:
     def __init__(self, profile: Profile, hosts: int, *, mtu: int, seed: int) -> None:
         self.mtu, self.random = mtu, random.Random(seed)
-        self.heap: list[tuple[float, int, int, int, bytes]] = []  # moment, order, to, bytes or 0 when out, packet
         self.order = 0
         self.hosts: list[Host] = []
         for i in range(hosts):
@@ -112,27 +118,21 @@ class Net:
             at = way.last
         way.last = at
         self.order += 1
-        heappush(self.heap, (at, self.order, j, nbytes, packet))
+        heappush(self.hosts[j].coming, (at, self.order, nbytes, packet))
 
     def next(self) -> float | None:
-        """The next moment at which ``due`` has something to do."""
-        return self.heap[0][0] if self.heap else None
+        """The next moment at which ``due`` may have something to hand over."""
+        return min((host.next() for host in self.hosts if host.coming), default=None)
 
     def due(self, now: float) -> list[tuple[float, int, bytes]]:
-        """What is to be handed over by ``now``: the exact moment, the host, the packet; in the order of the moments."""
-        heap, hosts = self.heap, self.hosts
+        """What is to be handed over by ``now``: the exact moment, the host, the packet; in order for each host.
+
+        A packet is looked at when it would be out of the line down; by then all that came before it are known.
+        """
         out = []
-        while heap and heap[0][0] <= now:
-            at, _, j, nbytes, packet = heappop(heap)
-            if hosts[j].cut:
-                continue
-            if nbytes:
-                free = hosts[j].down.take(at, nbytes)
-                if free is None:
-                    continue
-                if free > at:  # else: no limit
-                    self.order += 1
-                    heappush(heap, (free, self.order, j, 0, packet))
-                    continue
-            out.append((at, j, packet))
+        for j, host in enumerate(self.hosts):
+            while host.coming and host.next() <= now:
+                at, _, nbytes, packet = heappop(host.coming)
+                if not host.cut and (moment := host.down.take(at, nbytes)) is not None:
+                    out.append((moment, j, packet))
         return out
