@@ -169,8 +169,8 @@ class Forwarder:
     def do_cut(self, host: int, cut: bool) -> None:
         self.net.hosts[host].cut = cut
 
-    def do_count(self, host: int) -> tuple[int, int]:
-        return self.hosts.counted(host)
+    def do_count(self, host: int) -> tuple[float, int, int]:
+        return time.monotonic(), *self.hosts.counted(host)
 
     def do_load(self) -> dict[str, float]:
         return {"cpu": time.process_time() - self.cpu, "packets": self.packets, "late": self.late}

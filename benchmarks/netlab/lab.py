@@ -169,11 +169,16 @@ class Lab:
 
     def sent(self, host: int) -> int:
         """Bytes of IP packets that the host's interface has sent, as its kernel counts them; lost ones too."""
-        return self._ask(do="count", host=range(self.hosts)[host])[1]
+        return self.counted(host)[2]
 
     def received(self, host: int) -> int:
         """Bytes of IP packets that have reached the host's interface."""
-        return self._ask(do="count", host=range(self.hosts)[host])[0]
+        return self.counted(host)[1]
+
+    def counted(self, host: int) -> tuple[float, int, int]:
+        """When the counters were read (``time.monotonic``), bytes received, bytes sent."""
+        at, received, sent = self._ask(do="count", host=range(self.hosts)[host])
+        return at, received, sent
 
     def set(self, host: int, line: Line) -> None:
         """Another line from now on; what is queued leaves at the old rate."""
