@@ -2,9 +2,9 @@
 
 A host without limits, the probe, stands beside the profile's. Rates: the interface's bytes over time, between two
 moments at which packets arrived. The load is one TCP connection, or UDP at 1.3 times the rate where TCP cannot fill a
-line: where packets are lost, or the queue is shorter than two round trips. Round trips: median of UDP echoes, headers and
-the mean of the jitter in what is asked. Loss: UDP of small packets at half the rate, so that no queue drops any; as
-many as 3 standard deviations within 10 % need, or what goes in 25 seconds; then more is allowed, and said.
+line: where packets are lost, or the queue is shorter than two round trips. Round trips: median of UDP echoes; headers
+and the mean of the jitter are in what is asked. Loss: UDP of small packets at half the rate, so that no queue drops
+any; as many as 3 standard deviations within 10 % need, or what goes in 25 seconds; then more is allowed, and said.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Lab:
         with theirs:
             self._forwarder = subprocess.Popen(
                 [sys.executable, "-m", module],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 cwd=ROOT,
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,
@@ -146,7 +146,7 @@ class Lab:
 
     def popen(self, host: int, argv: Sequence[str | os.PathLike[str]], **kwargs: Any) -> subprocess.Popen[Any]:
         """``subprocess.Popen`` in a host, in a session of its own; killed if the thread that called this ends."""
-        command = [*self._enter[host], *map(os.fspath, argv)]
+        command = [*self._enter[host], *(os.fspath(word) for word in argv)]
         kwargs = {"preexec_fn": die_with_us, "start_new_session": True, **kwargs}
         process = subprocess.Popen(command, **kwargs)
         self._processes.append(process)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from potluck.benchmarks.netlab import PROFILES, UNLIMITED, Line, Pair, Profile, Turn, daylight, sessions
 from potluck.benchmarks.netlab.net import LEAST_PACKETS, Net
 
