@@ -32,8 +32,15 @@ LATE_SECONDS = 0.001
 GRAIN_SECONDS, SPARE_TURNS = 0.0005, 6  # waking up costs most: under load a turn is made only so often
 
 
+ADVICE = (
+    "A lab needs root (in a container: CAP_SYS_ADMIN and CAP_NET_ADMIN) or user namespaces (sysctl "
+    "user.max_user_namespaces, user.max_net_namespaces, kernel.unprivileged_userns_clone, "
+    "kernel.apparmor_restrict_unprivileged_userns), and in both cases /dev/net/tun that it may open"
+)
+
+
 class Refused(Exception):
-    """This machine does not let us; the text says what and what to do."""
+    """This machine does not let us; the text says what."""
 
 
 def unshare(flags: int, what: str) -> None:
@@ -44,12 +51,12 @@ def unshare(flags: int, what: str) -> None:
 def enter_user_namespace() -> None:
     """We are root in a namespace of our own, and nobody special outside."""
     uid, gid = os.geteuid(), os.getegid()
-    unshare(CLONE_NEWUSER, "user namespace (see sysctl user.max_user_namespaces, or run as root)")
+    unshare(CLONE_NEWUSER, "user namespace")
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
         try:
             Path("/proc/self", name).write_text(text)
         except OSError as error:
-            raise Refused(f"no user namespace ({name}: {error.strerror}); run as root") from None
+            raise Refused(f"no user namespace: {name}: {error.strerror}") from None
 
 
 def open_tun() -> int:
@@ -58,7 +65,7 @@ def open_tun() -> int:
         tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), IFF_TUN | IFF_NO_PI))
     except OSError as error:
-        raise Refused(f"/dev/net/tun: {error.strerror}; as root: modprobe tun; chmod 666 /dev/net/tun") from None
+        raise Refused(f"/dev/net/tun: {error.strerror}") from None
     return tun
 
 
@@ -82,7 +89,7 @@ class Hosts:
         self.counters: list[int] = []
         self.congestion = ""
         for i in range(count):
-            unshare(CLONE_NEWNET, "network namespace (run as root)")
+            unshare(CLONE_NEWNET, "network namespace")
             self.spaces.append(os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
             sysctl("net.ipv6.conf.all.disable_ipv6", "1")
             sysctl("net.ipv6.conf.default.disable_ipv6", "1")
@@ -180,12 +187,17 @@ def main() -> None:
     control = socket.socket(fileno=0)
     with control.makefile("rb") as file:
         setup = json.loads(file.readline())
-    try:
-        if setup["rootless"]:
-            enter_user_namespace()
-        hosts = Hosts(setup["hosts"], net=setup["network"], mtu=setup["mtu"])
-    except Refused as error:
-        control.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
+    hosts, refusals = None, []
+    for rootless in (True,) if setup["rootless"] else (False, True):
+        try:
+            if rootless:
+                enter_user_namespace()
+            hosts = Hosts(setup["hosts"], net=setup["network"], mtu=setup["mtu"])
+            break
+        except Refused as error:
+            refusals.append(f"{'user namespace' if rootless else 'root'}: {error}")
+    if hosts is None:
+        control.sendall(json.dumps({"error": f"{'; '.join(refusals)}. {ADVICE}"}).encode() + b"\n")
         sys.exit(1)
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
@@ -193,7 +205,7 @@ def main() -> None:
     except OSError:
         first = False
     net = Net(profile_from(setup["profile"]), setup["hosts"], mtu=setup["mtu"], seed=setup["seed"])
-    ready = {"spaces": hosts.spaces, "congestion": hosts.congestion, "first": first}
+    ready = {"spaces": hosts.spaces, "congestion": hosts.congestion, "first": first, "rootless": rootless}
     control.sendall(json.dumps(ready).encode() + b"\n")
     gc.disable()  # nothing here is a cycle
     Forwarder(hosts, net, network=setup["network"], control=control).run()

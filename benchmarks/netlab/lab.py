@@ -33,9 +33,9 @@ class LabError(Exception):
 class Lab:
     """``with Lab(profile, hosts=n) as lab``: n hosts that reach each other over the profile's lines, and nobody else.
 
-    As root, or else in a user namespace where such are allowed (``rootless`` takes one in any case). ``mtu``: bytes of
-    the largest packet; small ones make lines of a few hundred kbit/s less coarse, 64,000 spares CPU where no rate
-    matters. ``seed``: of loss and jitter. Leaving ends every process in the hosts. Raises ``LabError``.
+    As root, or else in a user namespace (``rootless``: in one at any rate). ``mtu``: bytes of the largest packet; small
+    ones make lines of a few hundred kbit/s less coarse, 64,000 spares CPU where no rate matters. ``seed``: of loss and
+    jitter. Leaving ends every process in the hosts. Raises ``LabError``.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Lab:
         except BaseException:
             self.__exit__()
             raise
+        self.rootless = ready["rootless"]
         proc = f"/proc/{self._forwarder.pid}"
         user = [f"--user={proc}/ns/user", "--preserve-credentials"] if self.rootless else []
         self._enter = [["nsenter", *user, f"--net={proc}/fd/{fd}", "--"] for fd in ready["spaces"]]
