@@ -3,8 +3,8 @@
 Each side dials those it sends to, so nobody has to agree on who dials. A channel keeps its order, so rounds and
 states have one of their own each beside that of the boundary tensors, and give way to it, a state also to a round:
 message by message (64 KiB) they go when nothing that comes first is on its way to anybody, few at a time, or after a
-second. So a long transfer never holds up a microbatch. States, and what goes to keepers, belong to no generation, and nobody
-faults anybody for them: who misses something asks elsewhere.
+second. So a long transfer never holds up a microbatch. States, and what goes to keepers, belong to no generation, and
+nobody faults anybody for them: who misses something asks elsewhere.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A worker whose every microbatch takes as long as it is told, and that writes down where its time goes.
+"""A worker of a known speed that writes down where its time goes.
 
     python -m benchmarks.links.host PACE TRACE -- worker join ...
 
 ``PACE`` is a JSON object: ``forward`` and ``backward``, in seconds a microbatch for each of the stage's blocks (and
-for the head, which counts for one), and ``time``, by which time is shorter than in the run that this one stands for.
-It computes for real, then sleeps until its seconds are over: so every host is a machine of a known speed though all
-share a few cores. A line ``late`` tells of what took longer than that.
+for the head, which counts for one); ``compute``, whether it computes for real and then sleeps until its seconds are
+over (else it only sleeps, and passes on noise); ``time`` and ``bytes``, by which time is shorter and frames smaller
+than in the run that this one stands for (1: not). A line ``late`` tells of what took longer than it should.
 
 ``TRACE`` gets one JSON line for everything that happened, in seconds of the machine's monotonic clock, which all hosts
 share. Nothing of potluck knows of this: functions are wrapped from outside.
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MESSAGE_NBYTES = 4096  # two or three to a microbatch, where the real run has 17
+LEAST_MESSAGE_NBYTES = 4096
 
 
 class Trace:
@@ -84,13 +84,50 @@ def calibrate(pace: dict[str, float], trace: Trace) -> None:
     around(torch.Tensor, "backward", backward)
 
 
-def scale(time_factor: float) -> None:
-    """Makes what gives way to what as fine as it is in the real run, where frames are so much longer."""
-    from potluck.protocol import frames
+def pretend() -> None:
+    """Blocks pass on what they get, losses and updates are noise: all that is sent has its shape, nothing its sense."""
+    import torch
+    from torch import Tensor
+
+    from potluck.worker.model import StageModule
+    from potluck.worker.stage import Stage
+
+    generator = torch.Generator().manual_seed(time.monotonic_ns() % 2**63)
+    pool = torch.randn(1 << 25, generator=generator)
+
+    def noise(n: int) -> Tensor:
+        start = int(torch.randint(len(pool) - n, (1,), generator=generator))
+        return pool[start : start + n]
+
+    def forward(self: StageModule, x: Tensor) -> Tensor:
+        anchor = 0.0 * next(self.parameters()).flatten()[0]
+        if self.is_first:
+            shape = (*x.shape, self.transformer["wte"].embedding_dim)
+            return noise(x.numel() * shape[-1]).view(shape) + anchor
+        return x + anchor
+
+    def loss_sum(self: StageModule, hidden: Tensor, targets: Tensor) -> Tensor:
+        return 1e-3 * (hidden * noise(hidden.numel()).view_as(hidden)).sum()
+
+    def update(self: Stage, targets: int) -> None:
+        self.x.add_(noise(len(self.x)), alpha=1e-3)
+        self.grad.zero_()
+        self.updates, self.steps = self.updates + 1, self.steps + 1
+
+    StageModule.forward = forward  # type: ignore[method-assign]
+    StageModule.loss_sum = loss_sum  # type: ignore[method-assign]
+    Stage.update = update  # type: ignore[method-assign]
+
+
+def scale(bytes_factor: float, time_factor: float) -> None:
+    """Makes what gives way to what about as fine as it is in the real run, where frames and times are longer."""
+    from potluck.protocol import flow, frames
     from potluck.worker import links
 
-    frames.MESSAGE_NBYTES = MESSAGE_NBYTES
+    frames.MESSAGE_NBYTES = max(LEAST_MESSAGE_NBYTES, round(frames.MESSAGE_NBYTES * bytes_factor))
+    flow.ACK_NBYTES = max(LEAST_MESSAGE_NBYTES // 2, round(flow.ACK_NBYTES * bytes_factor))
     links.GIVE_WAY_SECONDS *= time_factor
+    links.QUEUE_SECONDS *= time_factor
 
 
 def watch(trace: Trace) -> None:
@@ -138,8 +175,10 @@ def main() -> None:
     if dash != "--":
         raise SystemExit(__doc__)
     trace, factors = Trace(Path(path)), json.loads(pace)
+    if not factors["compute"]:
+        pretend()
     calibrate(factors, trace)
-    scale(factors["time"])
+    scale(factors["bytes"], factors["time"])
     watch(trace)
     from potluck.cli import main as potluck
 

@@ -47,10 +47,16 @@ class Failed(Exception):
     """A run did not get where it should; the text has what its processes said."""
 
 
-def pace(layout: Layout) -> dict[str, float]:
+def pace(layout: Layout) -> dict[str, Any]:
     """Seconds a microbatch and block: a quarter forward, as much again recomputed, half backward."""
     block = layout.compute_seconds / (layout.layers / layout.stages)
-    return {"forward": block / 4, "backward": block / 2, "time": layout.time_factor}
+    return {
+        "forward": block / 4,
+        "backward": block / 2,
+        "compute": False,
+        "bytes": layout.bytes_factor,
+        "time": layout.time_factor,
+    }
 
 
 def plain_tokens_per_second(layout: Layout) -> float:
@@ -75,6 +81,7 @@ def measure(profile: Profile, layout: Layout, setting: str, *, steps: int, warmu
             first = crew.wait(1)
             for i in range(1, 1 + count):
                 lab.set(i, there.line(i))
+                quicken(lab, i, layout.time_factor)
             begin = crew.wait(first + warmup)
             sent, cpu, moved = [lab.sent(i) for i in range(1, 1 + count)], cpu_seconds(), lab.forwarded()
             started = time.monotonic()
@@ -105,6 +112,14 @@ def measure(profile: Profile, layout: Layout, setting: str, *, steps: int, warmu
         how=lab.how,
         steps_seen=[round(s, 3) for s in seen],
     )
+
+
+def quicken(lab: Lab, host: int, time_factor: float) -> None:
+    """TCP's least wait before it sends again, 200 ms, is shorter by as much as everything else."""
+    routes = lab.run(host, ["ip", "-4", "route", "show"]).stdout.strip().splitlines()
+    for route in routes:
+        least = f"{max(2, round(200 * time_factor))}ms"
+        lab.run(host, ["ip", "route", "change", *route.split(), "rto_min", least]).check_returncode()
 
 
 class Crew:

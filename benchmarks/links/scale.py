@@ -8,7 +8,10 @@ latency ``l``. The small one computes for ``c'`` and sends ``n'``. Transfer take
 Bytes go by tokens times width, for both use the same codecs: n' / n = T' d' / (T d). What rounds send goes by weights:
 the small model's stages have fewer of them for their T' d' than GPT-J's, ``thin`` times, so that a round takes so many
 fragments at once (of four, one a time, in the real run). The number of microbatches in a step is the real one, so
-bubbles are the real ones. Frame headers and acknowledgements do not shrink: the small line is the harder one.
+bubbles are the real ones. Packets, headers and the kernel's timers do not shrink: the small line is the harder one.
+
+Stages that are wide enough to be lines' match are too much for two cores, so their blocks' computing is replaced by
+waiting. What is sent is real: noise of the right shapes, through the real codecs, optimizer, rounds and sockets.
 """
 
 from __future__ import annotations
@@ -42,17 +45,17 @@ CARDS = {
 class Layout:
     """Stages times replicas, the card that holds a GPT-J stage of that size, and the small model that stands for it.
 
-    ``layers`` and ``vocab`` make ``thin`` four; ``compute_seconds`` is what a microbatch is made to take at a stage,
-    forward, recomputed forward and backward together.
+    ``layers`` make ``thin`` four; ``compute_seconds`` is what a microbatch is made to take at a stage, forward,
+    recomputed forward and backward together.
     """
 
     stages: int
     replicas: int
     card: Card
     layers: int
-    vocab: int = 4096
-    width: int = 128
-    seq_len: int = 128
+    vocab: int = 512
+    width: int = 1024
+    seq_len: int = 256
     compute_seconds: float = 0.2
 
     @property
@@ -88,15 +91,15 @@ class Layout:
         return (
             f"{self.name}: {GPTJ['layers'] // self.stages} GPT-J blocks on an {self.card.name}"
             f" ({UTILISATION:.0%} of {self.card.tflops:g} TFLOP/s), {self.real_seconds:.2f} s a microbatch of"
-            f" {SEQ_LEN}; stands for it: d {self.width}, {self.layers // self.stages} blocks, {self.compute_seconds:g} s a"
-            f" microbatch of {self.seq_len}. Rates x {self.rate_factor:.5f}, latencies x {self.time_factor:.4f};"
-            f" {self.thin:.1f} times fewer weights for T d, so 4 fragments at once"
+            f" {SEQ_LEN}. In its place: d {self.width}, {self.layers // self.stages} blocks, calibrated waiting of"
+            f" {self.compute_seconds:g} s a microbatch of {self.seq_len}; rates x {self.rate_factor:.4f}, latencies x"
+            f" {self.time_factor:.4f}; {self.thin:.1f} times fewer weights for T d, so all 4 fragments at once"
         )
 
 
 LAYOUTS = {
-    "2x2": Layout(stages=2, replicas=2, card=CARDS["3090"], layers=10),
-    "4x2": Layout(stages=4, replicas=2, card=CARDS["3060"], layers=12),
+    "2x2": Layout(stages=2, replicas=2, card=CARDS["3090"], layers=4),
+    "4x2": Layout(stages=4, replicas=2, card=CARDS["3060"], layers=4),
 }
 
 # Of the real run, with a quarter of the weights in each round; here all of them at once (see ``thin``).
@@ -121,7 +124,7 @@ def run_config(layout: Layout, setting: str, *, steps: int, host: str) -> dict[s
         "model": {
             "d_model": layout.width,
             "layers": layout.layers,
-            "heads": 4,
+            "heads": 8,
             "rotary_dim": 32,
             "seq_len": layout.seq_len,
         },
