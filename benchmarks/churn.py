@@ -2,8 +2,9 @@
 
 The real coordinator, state machine, engines' rules and pipelines of ``tests/sim`` on virtual time; computing is a wait
 proportional to the microbatches done, so every figure is simulated. Machines lose power at random (exponentially, at a
-given share an hour) and come back after a while. *Kept* is committed samples per second, divided by those of the same
-swarm without deaths times the mean share of machines that were up.
+given share an hour) and come back after a while. All stages ask for the same work. *Kept* is committed samples per
+second, from one committed round to another, divided by those of the same swarm without deaths times the mean share of
+machines that were up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -55,9 +56,12 @@ def simulate(swarm: Swarm, share: float, seed: int) -> tuple[float, float, int]:
 
     sim.a_size = lambda rng: size
     sim.a_config = lambda rng, _: msgspec.structs.replace(config, **changes)
-    deaths, up, samples = 0, 0.0, 0
+    deaths, up = 0, 0.0
+    rounds: list[tuple[float, int]] = []  # committed, after the warm-up: when, and samples
     with tempfile.TemporaryDirectory(dir=sim.MEMORY if sim.MEMORY.exists() else None) as folder:
         world = sim.World(seed, Path(folder))
+        need = replace(world.rules.needs[0], work=1.0)  # as long as simulated machines compute
+        world.rules = replace(world.rules, needs=(need,) * swarm.stages)
         with patched(world), engine.patched(world):
             world.faults.plan, world.step_seconds = {}, swarm.step_seconds
             world.coordinator.start()
@@ -83,12 +87,14 @@ def simulate(swarm: Swarm, share: float, seed: int) -> tuple[float, float, int]:
                 world.kernel.turn()
                 if now() <= WARM_SECONDS:
                     start = before = now()
-                    samples = world.coordinator.state.committed.sample
                     continue
                 up += (now() - before) * sum(m.alive for m in machines) / size
                 before = now()
-            took = now() - start
-            found = (world.coordinator.state.committed.sample - samples) / took, up / took, deaths
+                samples = world.coordinator.state.committed.sample
+                if not rounds or samples != rounds[-1][1]:
+                    rounds.append((now(), samples))
+            (first, since), (last, until) = rounds[0], rounds[-1]
+            found = (until - since) / (last - first), up / (now() - start), deaths
             for machine in machines:
                 machine.kill()
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -27,17 +27,44 @@ class Offer:
 MOVE_GAIN = 0.8  # a peer moves only if the slowest stage gets at least this much faster
 
 
-def assign(stages: Sequence[StageNeed], offers: Mapping[str, Offer]) -> list[list[str]] | None:
+def load(need: StageNeed, offers: Mapping[str, Offer], peers: Collection[str]) -> float:
+    """Time per token of a stage held by these peers."""
+    speed = sum(offers[p].speed for p in peers)
+    return need.work / speed if speed > 0 else float("inf")
+
+
+def relief(
+    stages: Sequence[StageNeed],
+    offers: Mapping[str, Offer],
+    placed: Sequence[set[str]],
+    may: Callable[[str, int, int], bool] = lambda peer, origin, stage: True,
+) -> tuple[str, int, int] | None:
+    """The move that relieves the slowest stage most: who, from where, and to that stage; None if none clearly does.
+
+    ``may`` says whether a peer may move from a stage to another one; a stage's last peer stays in any case.
+    """
+    loads = [load(need, offers, peers) for need, peers in zip(stages, placed, strict=True)]
+    slowest = max(range(len(stages)), key=lambda s: loads[s])
+    moves = []
+    for origin, peers in enumerate(placed):
+        for p in sorted(peers) if origin != slowest and len(peers) > 1 else ():
+            if offers[p].memory_gb >= stages[slowest].memory_gb and may(p, origin, slowest):
+                after = load(stages[origin], offers, peers - {p}), load(stages[slowest], offers, placed[slowest] | {p})
+                moves.append((max(after), origin == 0, p, origin))  # the first stage's replicas make the batch
+    if not moves or min(moves)[0] > MOVE_GAIN * loads[slowest]:
+        return None
+    *_, peer, origin = min(moves)
+    return peer, origin, slowest
+
+
+def assign(stages: Sequence[StageNeed], offers: Mapping[str, Offer], *, moves: bool = True) -> list[list[str]] | None:
     """Peers of every stage, sorted by id, or None if some stage cannot be held by anyone free.
 
     Peers stay at home; newcomers go where work per speed is highest; an empty stage takes the fastest peer that
-    another stage can spare; last, peers move while that clearly relieves the slowest stage.
+    another stage can spare; last, unless they are to stay (``moves``), peers move while that clearly relieves the
+    slowest stage.
     """
     placed: list[set[str]] = [set() for _ in stages]
-
-    def load(s: int, without: str = "", extra: str = "") -> float:
-        speed = sum(offers[p].speed for p in placed[s] if p != without) + (offers[extra].speed if extra else 0.0)
-        return stages[s].work / speed if speed > 0 else float("inf")
 
     def fits(peer: str, s: int) -> bool:
         return offers[peer].memory_gb >= stages[s].memory_gb
@@ -69,23 +96,14 @@ def assign(stages: Sequence[StageNeed], offers: Mapping[str, Offer]) -> list[lis
         if not any(peer in s for s in placed):
             options = [s for s in range(len(stages)) if fits(peer, s)]
             if options:
-                placed[max(options, key=lambda s: (load(s), -s))].add(peer)
+                placed[max(options, key=lambda s: (load(stages[s], offers, placed[s]), -s))].add(peer)
     for s in range(len(stages)):
         if not placed[s] and not fill(s, set()):
             return None
-    for _ in range(len(offers)):
-        slowest = max(range(len(stages)), key=load)
-        before = load(slowest)
-        moves = [
-            (max(load(o, without=p), load(slowest, extra=p)), p, o)
-            for o in range(len(stages))
-            if o != slowest and len(placed[o]) > 1
-            for p in sorted(placed[o])
-            if fits(p, slowest)
-        ]
-        if not moves or min(moves)[0] > MOVE_GAIN * before:
+    for _ in range(len(offers) if moves else 0):
+        if (found := relief(stages, offers, placed)) is None:
             break
-        _, peer, origin = min(moves)
+        peer, origin, slowest = found
         placed[origin].remove(peer)
         placed[slowest].add(peer)
     return [sorted(s) for s in placed]

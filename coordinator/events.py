@@ -72,6 +72,34 @@ class PlanIssued(Event, frozen=True, kw_only=True):
         return f"Plan {self.generation} from step {self.step}: {rows}"
 
 
+class Moving(Event, frozen=True, kw_only=True):
+    """A seated peer gets ready for a thin stage, beside its work."""
+
+    peer: str
+    name: str
+    origin: int
+    stage: int
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.name} gets ready for stage {self.stage}, which is the slowest, and trains on at stage {self.origin}"
+        )
+
+
+class Moved(Event, frozen=True, kw_only=True):
+    """A new plan seats a peer at a stage that it got ready for while it trained another one."""
+
+    peer: str
+    name: str
+    origin: int
+    stage: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.name} moves from stage {self.origin} to stage {self.stage}"
+
+
 class Waiting(Event, frozen=True, kw_only=True):
     why: str
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from . import events as ev
 from .pace import Pace
@@ -71,8 +72,11 @@ class Losses(Turn):
         """Two peers do not reach each other: the generation goes on without one of them if it can, else the next
         begins without one of them if it can."""
         beyond = self.state.members.get(other)
-        if beyond is None or not needed(self.state, other) or beyond.away is not None:
-            return  # it is given up already, or is about to be
+        if beyond is None or not needed(self.state, other):
+            return  # it is given up already
+        if beyond.away is not None:  # it is about to be, unless it dials again
+            self.member(replace(beyond, missed=member.peer))
+            return
         if any(self.given_up(m) for m in (beyond, member)):
             return
         self.set(broken=(*self.state.broken, (member.peer, other)))

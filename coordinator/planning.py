@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..protocol.plan import Plan, SavePoint, StagePlan
@@ -92,17 +93,19 @@ def choose_among(rules: Rules, state: RunState, now: float) -> Start | Wait:
 def seated(rules: Rules, state: RunState, mark: Mark, held: list[list[str]]) -> Start | Wait:
     """Peers assigned to the stages, at home with what they hold."""
     wanted = [mark.savepoint(i, layers) for i, layers in enumerate(rules.layers)]
+    free = {p: m for p, m in state.members.items() if not m.leaving}
+    homes = homes_of(free, wanted)
     offers = {
         peer: Offer(
             speed=member.speed,
             memory_gb=member.memory_gb,
-            home=next((i for i, point in enumerate(wanted) if is_home(member, point)), None),
+            home=homes.get(peer),
             keeps=frozenset(i for i, peers in enumerate(held) if peer in peers),
         )
-        for peer, member in state.members.items()
-        if not member.leaving
+        for peer, member in free.items()
     }
-    seats = assign(rules.needs, offers)
+    # Who moves now is waited for by everybody; later it gets ready beside its work (moving.py).
+    seats = assign(rules.needs, offers, moves=mark.kind == "init" or not rules.prepare_seconds)
     if seats is None:
         worst = max(need.memory_gb for need in rules.needs)
         offered = max(offer.memory_gb for offer in offers.values())
@@ -113,29 +116,49 @@ def seated(rules: Rules, state: RunState, mark: Mark, held: list[list[str]]) -> 
     return Start(mark, seats)
 
 
-def is_home(member: Member, point: SavePoint) -> bool:
-    """Whether a peer holds a stage's state, or has got ready for the stage and lacks but its last rounds."""
-    layers = point.first_layer, point.last_layer
-    ready = member.prepared is not None and (member.prepared.first_layer, member.prepared.last_layer) == layers
-    return point in member.savepoints or ready
+def homes_of(members: Mapping[str, Member], points: Sequence[SavePoint]) -> dict[str, int]:
+    """The stage that each peer is at home at: whose state it holds, or has got ready for and lacks but its last rounds.
+
+    Who holds one and is ready for another goes there, if it leaves somebody behind.
+    """
+    first = {p: next((i for i, point in enumerate(points) if point in m.savepoints), None) for p, m in members.items()}
+    homes = {p: stage for p, stage in first.items() if stage is not None}
+    for peer, member in sorted(members.items()):
+        ready = next((i for i, point in enumerate(points) if is_ready(member, point)), None)
+        if ready is not None and (peer not in homes or list(homes.values()).count(homes[peer]) > 1):
+            homes[peer] = ready
+    return homes
+
+
+def is_ready(member: Member, point: SavePoint) -> bool:
+    """Whether a peer has got ready for a stage."""
+    ready = member.prepared
+    return ready is not None and (ready.first_layer, ready.last_layer) == (point.first_layer, point.last_layer)
 
 
 def prospects(rules: Rules, state: RunState) -> dict[str, int]:
-    """The stage of every peer that the plan does not seat, if all were seated now; only while a generation trains.
+    """The stage that each peer must get ready for: who is not seated, as if all were seated now, and who is to move.
 
-    Nobody is told of one before there is a committed round to fetch.
+    Only while a generation trains. Nobody is told of one before there is a committed round to fetch.
     """
-    plan = state.plan
+    plan, move = state.plan, state.move
     if plan is None or state.phase != "training" or state.committed.kind != "round":
         return {}
+    moved = {move.peer: move.stage} if move is not None and move.begun and move.peer in plan.peers else {}
+    return newcomers(rules, state, moved) | moved
+
+
+def newcomers(rules: Rules, state: RunState, moved: dict[str, int]) -> dict[str, int]:
+    """The stages of those whom the plan does not seat; of others, ``moved`` are to go elsewhere."""
+    plan = state.plan
+    assert plan is not None
     free = {p: m for p, m in state.members.items() if not m.leaving}
     if free.keys() <= plan.peers:
         return {}
-    points = [state.committed.savepoint(i, layers) for i, layers in enumerate(rules.layers)]
-    homes = {p: next((i for i, point in enumerate(points) if is_home(m, point)), None) for p, m in free.items()}
-    homes |= {p: stage for p, (stage, _) in plan.places.items()}
-    offers = {p: Offer(speed=m.speed, memory_gb=m.memory_gb, home=homes[p]) for p, m in free.items()}
-    seats = assign(rules.needs, offers) or []
+    homes = homes_of(free, [state.committed.savepoint(i, layers) for i, layers in enumerate(rules.layers)])
+    homes |= {p: stage for p, (stage, _) in plan.places.items()} | moved
+    offers = {p: Offer(speed=m.speed, memory_gb=m.memory_gb, home=homes.get(p)) for p, m in free.items()}
+    seats = assign(rules.needs, offers, moves=not rules.prepare_seconds) or []
     return {p: i for i, peers in enumerate(seats) for p in peers if p not in plan.peers}
 
 

@@ -35,6 +35,7 @@ class Peer(Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
     session: str
     leaving: bool
+    missed: str = ""
 
 
 class Crew(Struct, frozen=True, kw_only=True):
@@ -90,6 +91,7 @@ def peers_of(state: RunState) -> tuple[Peer, ...]:
             addresses=m.addresses,
             session=m.session.hex(),
             leaving=m.leaving,
+            missed=m.missed,
         )
         for m in state.members.values()
     )
@@ -147,6 +149,7 @@ def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
                 joined=now,
                 last_seen=now,
                 leaving=peer.leaving,
+                missed=peer.missed,
                 away=now + DIAL_SECONDS,
                 ready=0 if course.phase == "preparing" else plan.generation,
                 step=done,

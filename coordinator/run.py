@@ -22,8 +22,9 @@ from ..protocol import control_pb2 as pb
 from ..protocol.failpoints import failpoint
 from ..protocol.plan import Plan
 from . import events as ev
-from .losses import Losses, short_of_quorum
-from .planning import Start, Wait, choose, make_plan, prospects
+from .losses import short_of_quorum
+from .moving import Moves
+from .planning import Start, Wait, choose, make_plan
 from .state import (
     Command,
     Commit,
@@ -72,7 +73,7 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
     return turn.state, turn.commands
 
 
-class Machine(Losses):
+class Machine(Moves):
     """Decides what follows from the state."""
 
     def advance(self) -> None:
@@ -176,33 +177,6 @@ class Machine(Losses):
         self.set(closing=how, end=end)
         if how == "save":
             self.journal(ev.Stopping(step=end))
-
-    def are_due(self) -> bool:
-        """Whether there are newcomers who could be seated, and all of them have their stage, or had time enough."""
-        plan, smallest = self.state.plan, min(need.memory_gb for need in self.rules.needs)
-        assert plan is not None
-        new = {
-            p: m
-            for p, m in self.state.members.items()
-            if p not in plan.peers
-            and not m.leaving
-            and m.away is None
-            and m.memory_gb >= smallest
-            and not (p in self.state.barred and self.now < self.state.barred[p].until)
-        }
-        stages = prospects(self.rules, self.state)
-        late = self.now - self.state.last_join >= self.rules.prepare_seconds
-        return bool(new) and (
-            late
-            or all(
-                p not in stages
-                or (m.prepared is not None and m.prepared.first_layer == self.rules.layers[stages[p]][0])
-                for p, m in new.items()
-            )
-        )
-
-    def settled(self) -> bool:
-        return self.now - self.state.last_join >= self.rules.settle_seconds
 
     def has_stop(self, peer: str) -> bool:
         plan, member = self.state.plan, self.state.members.get(peer)
@@ -381,9 +355,10 @@ class Machine(Losses):
         self.commands.append(Remember(generation=plan.generation, stop=self.state.stop))
         for member in list(self.state.members.values()):
             prepared = None if member.peer in plan.peers else member.prepared
-            self.member(replace(member, step=mark.step, ready=0, prepared=prepared))
+            self.member(replace(member, step=mark.step, ready=0, prepared=prepared, missed=""))
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
         self.set(keeping=keeping(self.rules, plan))
+        self.moved()
         # What is trained anew is evaluated and charted anew; an older mark counts once everybody is ready.
         kept = max(mark.step, state.committed.step)
         self.set(evaluated=min(state.evaluated, kept), charted=min(state.charted, kept))

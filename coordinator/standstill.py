@@ -52,6 +52,7 @@ def shifted(state: RunState, seconds: float) -> RunState:
         pace=replace(state.pace, since=state.pace.since + seconds),
         held=None if state.held is None else state.held + seconds,
         barred={peer: replace(bar, until=bar.until + seconds) for peer, bar in state.barred.items()},
+        move=None if state.move is None else replace(state.move, since=state.move.since + seconds),
         last_join=state.last_join + seconds,
         unaware={peer: at + seconds for peer, at in state.unaware.items()},
         leased_at={step: expires + seconds for step, expires in state.leased_at.items()},

@@ -40,6 +40,7 @@ class Rules:
     silence_seconds: float = 15.0  # without a word, before a peer counts as lost
     away_seconds: float = 3.0  # that a peer has to dial again when its line broke
     prepare_seconds: float = 0.0  # that newcomers may take to fetch their stage, before they are seated without it
+    move_seconds: float = 60.0  # that a stage stays thin, before somebody gets ready to move to it
     keepers: int = 0  # peers that keep a redo log of each stage
 
 
@@ -56,11 +57,12 @@ class Member:
     session: bytes = b""
     savepoints: frozenset[SavePoint] = frozenset()
     held: frozenset[SavePoint] = frozenset()  # of others' stages, as their keeper: without the optimizer's moments
-    prepared: SavePoint | None = None  # a newcomer's, of the stage it will probably get
+    prepared: SavePoint | None = None  # of the stage that it is to have next
     joined: float = 0.0
     last_seen: float = 0.0
     leaving: bool = False
     away: float | None = None  # its line broke: until when it is waited for
+    missed: str = ""  # who could not reach it meanwhile: what was sent to it is lost
     ready: int = 0  # generation it is ready for
     step: int = 0  # steps done in the current generation
     state: str = "waiting"
@@ -108,6 +110,17 @@ class Bar:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Move:
+    """A seated peer is to go to a thin stage; it gets ready for that beside its work once the move has ``begun``."""
+
+    peer: str
+    origin: int
+    stage: int
+    since: float  # when the stage became thin, or the move began
+    begun: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunState:
     """Everything the coordinator decides from. Replaced, never changed."""
 
@@ -140,6 +153,8 @@ class RunState:
     losses: Mapping[int, Mapping[str, pb.StepDone]] = field(default_factory=dict)
     rounds_done: Mapping[int, Mapping[str, pb.RoundDone]] = field(default_factory=dict)
     evals: Mapping[int, Mapping[str, pb.EvalDone]] = field(default_factory=dict)
+    move: Move | None = None
+    slow: frozenset[str] = frozenset()  # who was to move and did not get ready in time
     keeping: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # peer -> others' stages, by the newest plan
 
 

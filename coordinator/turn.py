@@ -42,6 +42,10 @@ class Turn(ABC):
     def look_for_hangs(self) -> None:
         """When no step is done for longer than it ever takes, who is to blame is given up."""
 
+    @abstractmethod
+    def consider_move(self) -> None:
+        """Somebody may have to go to a stage that has become thin."""
+
     # What comes in.
 
     def joined(self, member: Member) -> None:
@@ -72,8 +76,10 @@ class Turn(ABC):
             self.dismiss(member, self.state.phase, f"the run is {self.state.phase}", "There is nothing to do here.")
             return
         if present:  # its line broke and it dialled again: it is where it was
-            known = replace(present, addresses=member.addresses, savepoints=member.savepoints, away=None)
+            known = replace(present, addresses=member.addresses, savepoints=member.savepoints, away=None, missed="")
             self.member(replace(known, last_seen=self.now))
+            if (witness := self.state.members.get(present.missed)) is not None:
+                self.parted(witness, member.peer, f"could not send to {member.name}")
             return
         self.journal(ev.PeerJoined(peer=member.peer, name=member.name, device=member.device))
         self.member(replace(member, joined=self.now, last_seen=self.now))
@@ -100,6 +106,7 @@ class Turn(ABC):
         wanted = needed(self.state, member.peer)
         self.journal(ev.PeerGone(peer=member.peer, name=member.name, graceful=released(self.state, member.peer)))
         self.set(members={p: m for p, m in self.state.members.items() if p != member.peer})
+        self.set(slow=self.state.slow - {member.peer})
         if member.state != "leaving":
             recent = {p: at for p, at in self.state.unaware.items() if self.now - at < UNAWARE_SECONDS}
             self.set(unaware={**recent, member.peer: self.now})
@@ -124,8 +131,9 @@ class Turn(ABC):
             self.held(self.state.members[peer], report.held)
         elif body == "prepared":
             with contextlib.suppress(WireError):
-                point = SavePoint.from_proto(report.prepared.savepoint)
-                self.member(replace(self.state.members[peer], prepared=point))
+                point, plan, move = SavePoint.from_proto(report.prepared.savepoint), self.state.plan, self.state.move
+                if plan is None or peer not in plan.peers or (move is not None and move.begun and move.peer == peer):
+                    self.member(replace(self.state.members[peer], prepared=point))
         elif body in ("ready", "step_done", "round_done", "eval_done", "saved", "fault"):
             message = getattr(report, body)
             if body == "ready":
@@ -266,6 +274,7 @@ class Turn(ABC):
             self.abort(f"{self.state.phase} took too long")
         if self.state.phase == "training":
             self.look_for_hangs()
+            self.consider_move()
 
     # Small change.
 

@@ -143,6 +143,7 @@ class Engine:
         number, replica = plan.places[peer]
         layers = (plan.stages[number].first_layer, plan.stages[number].last_layer)
         if self.stage is None or (self.stage.first, self.stage.last) != layers:
+            self.stage = self._pipeline = self._synchronizer = None  # who moves makes room first
             self.stage = self._build(layers)
         try:
             failpoint("worker.seat.fetch")

@@ -160,8 +160,13 @@ class Pipeline:
         return self._update()
 
     def _add(self, lanes: list[Lane]) -> None:
-        self._to_forward = sorted([*self._to_forward, *lanes])
-        self._to_backward = sorted([*self._to_backward, *lanes])
+        self._to_forward = sorted([*self._to_forward, *lanes], key=self._turn)
+        self._to_backward = sorted([*self._to_backward, *lanes], key=self._turn)
+
+    def _turn(self, lane: Lane) -> tuple[int, int, int]:
+        """When a microbatch's turn is: the first ones of all first-stage replicas come before any of their second ones,
+        so that whoever serves several of those keeps none waiting."""
+        return lane.step, lane.m % self.seat.plan.microbatches, lane.m
 
     def _update(self) -> StepResult:
         started, self._waited = time.perf_counter(), 0.0

@@ -23,8 +23,8 @@ class View:
     publish: int | None = None
     released: bool = False
     kept: tuple[tuple[int, tuple[SavePoint, ...]], ...] = ()  # others' stages, and their newest rounds, newest first
-    prospect: tuple[int, SavePoint] | None = None  # a newcomer's stage, probably, and the newest round of it
-    guests: tuple[Replica, ...] = ()  # newcomers who will ask for our state
+    prospect: tuple[int, SavePoint] | None = None  # the stage we are to have next, probably, and its newest round
+    guests: tuple[Replica, ...] = ()  # who will ask for our state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,3 +77,12 @@ def test_nobody_is_away_for_time_that_stood_still() -> None:
     run.state, run.now = shifted(run.state, 3600.0), run.now + 3600.0
     assert run.do(Tick(), later=2.9) == []
     assert journaled(run.do(Tick(), later=0.2), ev.PeerGone)
+
+
+def test_what_did_not_reach_a_peer_while_it_was_away_is_not_waited_for() -> None:
+    run = committed("a", "b", "c", "d", rules=PATIENT)
+    run.do(Gone(peer="d", session=b"d"))
+    run.say("a", fault=pb.Fault(generation=1, text="cannot send to d", peer="d"))
+    assert run.state.members["d"].away is not None and not run.plan.lost
+    assert journaled(run.join("d"), ev.Rerouted)[0].name == "D"
+    assert run.plan.generation == 1 and "d" in run.state.barred

@@ -31,6 +31,7 @@ class Faults:
             "leave": (60, self.leave),
             "newcomer": (30, self.newcomer),
             "storm": (15, self.storm),
+            "thin": (40, self.thin),
             "rot": (60, self.rot),
             "hang": (10, self.hang),
             "break": (120, self.break_line),
@@ -120,6 +121,12 @@ class Faults:
                 self.later(after, lambda m=machine: m.kill() if self.world.faulty else None)  # type: ignore[misc]
             else:
                 self.later(after, lambda m=machine: m.worker.leave() if m.alive and m.worker else None)  # type: ignore[misc]
+
+    def thin(self) -> None:
+        """All replicas of a stage but one."""
+        plan = self.world.coordinator.state.plan
+        for replica in self.rng.choice(plan.replicas)[1:] if plan else ():
+            self.world.machines[replica.peer].kill(silent=self.rng.random() < 0.5)
 
     def rot(self) -> None:
         """Memory goes bad: the reference is not what it was."""

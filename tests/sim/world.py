@@ -96,6 +96,10 @@ class World:
         self.size = a_size(rng)
         self.config, self.manifest = a_config(rng, self.size), MANIFEST
         self.rules = replace(rules_of(self.config, MANIFEST), reroutes=rng.random() < 0.9)
+        if self.rng_checks.random() < 0.5:  # stages of equal work, as in a deep model: else the head's needs most peers
+            self.rules = replace(self.rules, needs=(self.rules.needs[0],) * len(self.rules.needs))
+        self.rules = replace(self.rules, move_seconds=self.rng_checks.choice([0.0, 0.0, 10.0]))
+        self.eagerness = self.rng_checks.choice([0.2, 0.02])  # of volunteers to start a worker again that was killed
         self.machines: dict[str, Machine] = {}
         self.net = Network(self.kernel, random.Random(rng.random()))
         self.crew = Crew(self)
@@ -163,7 +167,7 @@ class World:
         while True:
             await sleep(5.0)
             for machine in self.machines.values():
-                if not machine.alive and (not self.faulty or self.rng.random() < 0.2):
+                if not machine.alive and (not self.faulty or self.rng.random() < self.eagerness):
                     machine.start()
 
     def calm(self) -> None:
