@@ -100,18 +100,18 @@ class Losses(Turn):
         self.set(barred={**self.state.barred, member.peer: bar})
 
     def look_for_hangs(self) -> None:
-        """When no step is done for longer than it ever takes, those who do not wait for others are given up."""
+        """When no step is done for longer than it ever takes, those who do not wait for others are given up, if they
+        have not for as long: who has just got what it waited for is not to blame."""
         pace, plan = self.state.pace, self.state.plan
         assert plan is not None
         late = [s for s, expires in self.state.leased_at.items() if expires < self.now]
-        quiet = self.now - pace.since
-        overdue = plan.first_step <= pace.step < self.state.until and quiet > pace.grace_seconds(
-            self.rules.lease_seconds
-        )
+        grace = pace.grace_seconds(self.rules.lease_seconds)
+        overdue = plan.first_step <= pace.step < self.state.until and self.now - pace.since > grace
         if not late and not overdue:
             return
         behind = min(late, default=pace.step)
-        hung = [m for p in sorted(plan.peers) if not (m := self.state.members[p]).idle and m.step <= behind]
+        members = [self.state.members[p] for p in sorted(plan.peers)]
+        hung = [m for m in members if m.busy is not None and self.now - m.busy > grace and m.step <= behind]
         if len(hung) < len(plan.peers) and any([self.given_up(m) for m in hung]):
             self.set(pace=Pace(step=pace.step, since=self.now))  # what has to be done again takes its time
         elif late:

@@ -148,6 +148,7 @@ def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
                 session=bytes.fromhex(peer.session),
                 joined=now,
                 last_seen=now,
+                busy=now,
                 leaving=peer.leaving,
                 missed=peer.missed,
                 away=now + DIAL_SECONDS,

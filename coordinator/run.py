@@ -272,6 +272,7 @@ class Machine(Moves):
             committed=mark,
             marks=older[:KEPT_MARKS],
             rounds=state.rounds + 1,
+            leased_at={at: max(t, self.now + self.rules.lease_seconds) for at, t in state.leased_at.items()},
             broken=(),
             rounds_done={s: r for s, r in state.rounds_done.items() if s > mark.step},
         )

@@ -62,6 +62,7 @@ def shifted(state: RunState, seconds: float) -> RunState:
                 joined=member.joined + seconds,
                 last_seen=member.last_seen + seconds,
                 away=None if member.away is None else member.away + seconds,
+                busy=None if member.busy is None else member.busy + seconds,
             )
             for peer, member in state.members.items()
         },

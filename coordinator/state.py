@@ -66,7 +66,7 @@ class Member:
     ready: int = 0  # generation it is ready for
     step: int = 0  # steps done in the current generation
     state: str = "waiting"
-    idle: bool = False  # it waits for somebody, as of its last heartbeat
+    busy: float | None = 0.0  # since when it waits for nobody, as of its heartbeats; None: it waits
 
     @property
     def replica(self) -> Replica:

@@ -82,7 +82,7 @@ class Turn(ABC):
                 self.parted(witness, member.peer, f"could not send to {member.name}")
             return
         self.journal(ev.PeerJoined(peer=member.peer, name=member.name, device=member.device))
-        self.member(replace(member, joined=self.now, last_seen=self.now))
+        self.member(replace(member, joined=self.now, last_seen=self.now, busy=self.now))
         self.set(last_join=self.now)
 
     def gone(self, peer: str, session: bytes) -> None:
@@ -122,7 +122,8 @@ class Turn(ABC):
         if body == "heartbeat":
             beat = report.heartbeat
             word = beat.state[:STATE_LENGTH] or "training"
-            self.member(replace(self.state.members[peer], state=word, idle=beat.idle))
+            busy = None if beat.idle else self.now if member.busy is None else member.busy
+            self.member(replace(self.state.members[peer], state=word, busy=busy))
         elif body == "leaving":
             if not member.leaving:
                 self.journal(ev.PeerLeaving(peer=peer, name=member.name))

@@ -345,7 +345,7 @@ class Channel:
                 await self._put_frame(pipe)
 
     async def _put_frame(self, pipe: Pipe) -> None:
-        for message, spent_on, dense in self._outbox.messages(_now()):
+        for message, spent_on, dense, nbytes in self._outbox.messages(_now()):
             if self.gate is not None:
                 await self.gate()
             if self._farewell is not None:
@@ -353,6 +353,7 @@ class Channel:
             if self._ack_due:
                 await self._put_ack(pipe)
             self._config.meter.record(self.peer_id, "out", spent_on, len(message), dense)
+            self._outbox.sent(nbytes)
             await pipe.send(message)
 
     async def _put_ack(self, pipe: Pipe) -> None:

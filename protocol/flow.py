@@ -81,8 +81,9 @@ class Outbox:
         unconsumed = self._unconsumed_nbytes
         return unconsumed * 2 <= self._peer_window or unconsumed + cost(entry.frame) <= self._peer_window
 
-    def messages(self, now: float) -> Iterator[tuple[bytes, Purpose, int]]:
-        """The frame at the cursor as messages, each with its purpose and the dense bytes it stands for."""
+    def messages(self, now: float) -> Iterator[tuple[bytes, Purpose, int, int]]:
+        """The frame at the cursor as messages, each with its purpose, the dense bytes it stands for, and how much of
+        the payload it is: what ``sent`` must hear once it goes."""
         entry = self._entries[self._cursor]
         if self._cursor == self._acked:
             self.rate.busy(now)
@@ -98,9 +99,11 @@ class Outbox:
             spent_on = Purpose.RETRANSMIT if entry.high_water >= end else purpose(entry.frame.header.kind)
             dense = entry.frame.header.dense_nbytes if entry.high_water < 0 else 0
             entry.high_water = max(entry.high_water, end)
-            self.in_flight_nbytes += end - offset
-            offset = end
-            yield message, spent_on, dense
+            begin, offset = offset, end
+            yield message, spent_on, dense, end - begin
+
+    def sent(self, nbytes: int) -> None:
+        self.in_flight_nbytes += nbytes
 
     def acknowledge(self, ack: Ack, now: float) -> bool:
         """Forget what the peer has; whether that was anything."""

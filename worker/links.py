@@ -155,11 +155,12 @@ class Links:
         """Until nothing that comes before ``load`` is on its way, and of the rest no more than the line takes in a
         moment: what is in its queue goes before a microbatch that comes later. Or it was long enough."""
         with contextlib.suppress(TimeoutError, PotluckError):
-            async with asyncio.timeout(GIVE_WAY_SECONDS), self._turn:
+            async with asyncio.timeout(GIVE_WAY_SECONDS):
                 for channel in [c for (_, other), c in self._channels.items() if other < load]:
                     await channel.drain()
-                while len(busy := self._background()) and sum(c.in_flight_nbytes for c in busy) > self._allowance():
-                    await busy[0].progress()
+                async with self._turn:
+                    while (busy := self._background()) and sum(c.in_flight_nbytes for c in busy) > self._allowance():
+                        await busy[0].progress()
 
     def _background(self) -> list[Channel]:
         """Channels of rounds and states with something in flight."""

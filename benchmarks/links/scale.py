@@ -106,10 +106,11 @@ LAYOUTS = {
 SETTINGS: dict[str, dict[str, Any]] = {
     # The run.yaml of nobody who changes anything.
     "default": {"sync": {"preset": "potluck", "every": 5, "fragments": 1, "delay": 4}},
-    # docs/PARITY.md: everything every 60 steps, 3-bit activations: for lines that are slower than their GPUs.
+    # docs/PARITY.md: everything every 60 steps, 3-bit activations; one keeper: for lines slower than their GPUs.
     "lean": {
         "sync": {"preset": "potluck", "every": 15, "fragments": 1, "delay": 12},
         "activations": {"forward": "int3:tile=64,hadamard", "backward": "int3:tile=64,hadamard"},
+        "checkpoint": {"keepers": 1, "save_rounds": 10**6, "publish_rounds": 10**6},
     },
     # What a pipeline in ordinary code sends: fp16 activations, an fp32 average of the weights every step.
     "plain": {"sync": {"preset": "dense"}, "activations": {"forward": "fp16", "backward": "fp16"}, "zstd": False},

@@ -203,6 +203,19 @@ def test_who_hangs_is_given_up_and_not_taken_in_again_at_once() -> None:
     assert run.state.closing == "round"
 
 
+def test_who_has_just_got_what_it_waited_for_does_not_hang() -> None:
+    """All wait for a round over slow lines; the first to go on are the first who do not wait."""
+    run = paced(*CREW)
+    beat(run, *run.plan.peers)
+    run.now += LEAST_SECONDS + 1.0
+    one = second(run, 0)
+    beat(run, *(run.plan.peers - {one}))
+    assert not journaled(run.do(Tick()), ev.Rerouted)
+    run.now += LEAST_SECONDS + 1.0
+    beat(run, *(run.plan.peers - {one}))
+    assert [e.peer for e in journaled(run.do(Tick()), ev.Rerouted)] == [one]
+
+
 def test_where_everybody_computes_nobody_is_to_blame() -> None:
     run = paced(*CREW)
     run.now += LEAST_SECONDS + 1.0

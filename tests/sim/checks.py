@@ -163,7 +163,7 @@ class Watch:
         other, ordered = run.step(rules, state, Said(peer=what.peer, report=BEAT), now)
         if what.peer in other.members and what.peer in state.members:
             before = state.members[what.peer]
-            was = replace(other.members[what.peer], state=before.state, idle=before.idle)
+            was = replace(other.members[what.peer], state=before.state, busy=before.busy)
             other = replace(other, members={**other.members, what.peer: was})
         hold(new == other, f"a {body} of generation {generation} changed the state")
         hold(commands == ordered, f"a {body} of generation {generation} had consequences: {commands[:3]}")

@@ -31,6 +31,7 @@ def same(one: RunState, other: RunState) -> bool:
                     joined=round(m.joined, 4),
                     last_seen=round(m.last_seen, 4),
                     away=m.away and round(m.away, 4),
+                    busy=m.busy and round(m.busy, 4),
                 )
                 for p, m in state.members.items()
             },
