@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,7 @@ import msgspec
 from potluck.coordinator import corpus
 from potluck.protocol.config import RunConfig
 
-from .start import Loopback, Result, start
+from .start import Hosts, Loopback, Result, start
 from .task import Task
 
 
@@ -39,8 +40,17 @@ def task(folder: Path, options: argparse.Namespace) -> Task:
         seconds=options.seconds,
         target=options.target,
         pace=options.pace,
-        interface="lo",
     )
+
+
+def hosts(options: argparse.Namespace) -> AbstractContextManager[Hosts]:
+    if options.up is None:
+        return nullcontext(Loopback())
+    from ..netlab.lab import Lab
+    from ..netlab.profiles import Line
+
+    line = Line(up_mbit=options.up, down_mbit=options.down, delay_ms=options.delay_ms)
+    return Lab([line] * options.workers)
 
 
 def show(result: Result) -> None:
@@ -68,15 +78,20 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=0.0, help="seconds per microbatch (default: none)")
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--microbatches", type=int, default=4, help="of every pipeline and step")
+    parser.add_argument("--up", type=float, help="of every host's line, Mbit/s")
+    parser.add_argument("--down", type=float, default=100.0, help="Mbit/s")
+    parser.add_argument(
+        "--delay-ms", type=float, default=10.0, help="a host's share, one way: a quarter of a round trip"
+    )
     parser.add_argument("--folder", type=Path, help="keeps what the hosts write")
     parser.add_argument("--port", type=int, default=29500)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, hosts(options) as where:
         folder = options.folder or Path(scratch)
         common = task(folder / "corpus", options)
         for number, contestant in enumerate(options.contestants):
             name, *own = shlex.split(contestant)
-            show(start(Loopback(), name, common, folder / f"{number}-{name}", own, options.port + 100 * number))
+            show(start(where, name, common, folder / f"{number}-{name}", own, options.port + 100 * number))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ Shape letters: B samples, T positions, D width.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from potluck.worker.model import StageModule, causal_mask
 from potluck.worker.stage import learning_rate
 
 from .pace import Pace
+from .record import interface_of
 from .rounds import places
 from .task import Host
 
@@ -129,19 +129,12 @@ def snapshot(host: Host, step: int, samples: int, weights: Mapping[str, Tensor],
     host.progress.say("snapshot", step=step, samples=samples, trained=at, file=str(path), part=part, parts=parts)
 
 
-def interface_of(address: str) -> str:
-    """The network interface that has an address of this host."""
-    for name, found in psutil.net_if_addrs().items():
-        if any(a.family == socket.AF_INET and a.address == address for a in found):
-            return name
-    raise OSError(f"no network interface has the address {address}")
-
-
 def rendezvous(host: Host) -> torch.distributed.TCPStore:
     """Where ranks find each other before the clock starts: rank 0's store. One compute thread a host from here on."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = interface_of(host.address)  # otherwise gloo takes what the host's name says
-    return torch.distributed.TCPStore(host.peers[0], host.port, host.world, is_master=host.rank == 0)
+    patience = timedelta(seconds=host.task.seconds) + timedelta(hours=1)
+    return torch.distributed.TCPStore(host.peers[0], host.port, is_master=host.rank == 0, timeout=patience)
 
 
 def begin(host: Host, store: torch.distributed.Store) -> None:

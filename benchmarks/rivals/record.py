@@ -6,6 +6,7 @@
 ========== =========================================================================================
 begin      setup is over, training begins
 step       ``step`` steps done on ``samples`` samples (of everybody), train ``loss`` in nats per token if known
+loss       ``loss`` of a rank that does not know when its step takes effect
 round      weights or gradients were exchanged: ``values``, a sketch of them (rounds.py)
 snapshot   ``file`` has ``part`` of ``parts`` of the weights after ``step`` steps
 note       anything else worth knowing
@@ -18,11 +19,14 @@ With an interface every line has ``bytes``, sent and received by it since the ho
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 class Progress:
@@ -60,6 +64,14 @@ class Progress:
         if self._interface:
             line["bytes"] = interface_bytes(self._interface)
         self._file.write(json.dumps(line) + "\n")
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has an address of this host."""
+    for name, found in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == address for a in found):
+            return name
+    raise OSError(f"no network interface has the address {address}")
 
 
 def interface_bytes(name: str) -> int:

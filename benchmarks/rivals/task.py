@@ -14,7 +14,7 @@ from potluck.protocol.config import RunConfig
 from potluck.worker.data import Dataset
 
 from .pace import Pace
-from .record import Progress
+from .record import Progress, interface_of
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +27,6 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     seconds: float = 600.0  # of the clock, at most
     target: float = 0.0  # held-out nats per token to stop at; 0: none
     pace: float = 0.0  # seconds of compute per microbatch of the whole model; 0: as fast as it goes
-    interface: str = ""  # whose byte counter goes into the progress lines
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.steps < 1 or self.seconds <= 0 or self.pace < 0:
@@ -128,6 +127,6 @@ def arrive(name: str, parser: argparse.ArgumentParser | None = None, argv: Seque
         out=options.out,
         data=Dataset(Path(task.corpus)),
         pace=Pace(task.pace),
-        progress=Progress(options.out, task.interface),
+        progress=Progress(options.out, interface_of(options.address)),
         options=options,
     )
