@@ -31,7 +31,7 @@ def main() -> None:
             with nullcontext() if i == len(mine) - 1 else model.no_sync():
                 loss = model(*host.data.batch(indices, host.run.seed)) / len(mine)
                 loss.backward()
-                total += float(loss)
+                total += float(loss.detach())
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1

@@ -133,7 +133,7 @@ def train(host: Host, model: Whole, optimizer: Any, heard: Heard) -> None:
         for indices in host.task.share(step, host.rank, host.world):
             loss = model(*host.data.batch(indices, host.run.seed))
             loss.backward()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             own.append(sketch(p.grad for p in model.parameters() if p.grad is not None))
             gathered = optimizer.grad_averager.local_samples_accumulated + size
             heard.out_of_sync = False

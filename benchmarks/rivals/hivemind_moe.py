@@ -150,7 +150,7 @@ def train(host: Host, dht: Any, store: dist.Store, trainers: list[int], stages: 
             x = expert(x)
         loss = experts[-1](x, targets).mean()
         (loss / count).backward()
-        return float(loss)
+        return float(loss.detach())
 
     with ThreadPoolExecutor(host.options.in_flight) as pool:
         for step in range(host.task.steps):

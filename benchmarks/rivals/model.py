@@ -44,29 +44,33 @@ class Part(StageModule):
 
     def __init__(self, run: RunConfig, vocab_size: int, first: int, last: int, pace: Pace) -> None:
         super().__init__(run.model, vocab_size, first, last, run.seed)
-        self.pace = pace
+        self.pace, self.microbatch_size = pace, run.pipeline.microbatch_size
         self.block_share, self.head_share = shares(run.model, vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Token ids [B, T] or hidden states [B, T, D] to hidden states [B, T, D], as :class:`StageModule` has it."""
-        pace, share = self.pace, self.block_share
+        pace, work = self.pace, self.block_share * self._microbatches(x)
         pace.start()
         hidden_BTD = self.transformer["wte"](x) if self.is_first else x
         mask, positions = causal_mask(hidden_BTD.shape[1], hidden_BTD.device)
         for block in self.blocks:
-            hidden_BTD = _Mark.apply(hidden_BTD, _nothing, lambda: pace.finish(share * (1 - pace.FORWARD)))
+            hidden_BTD = _Mark.apply(hidden_BTD, _nothing, lambda: pace.finish(work * (1 - pace.FORWARD)))
             hidden_BTD = block(hidden_BTD, attention_mask=mask, position_ids=positions)[0]
-            pace.finish(share * pace.FORWARD)
+            pace.finish(work * pace.FORWARD)
         if self.is_last:
             return self.transformer["ln_f"](hidden_BTD)
         return _Mark.apply(hidden_BTD, _nothing, pace.start)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        pace, share = self.pace, self.head_share
-        hidden_BTD = _Mark.apply(hidden_BTD, _nothing, lambda: pace.finish(share * (1 - pace.FORWARD)))
+        pace, work = self.pace, self.head_share * self._microbatches(hidden_BTD)
+        hidden_BTD = _Mark.apply(hidden_BTD, _nothing, lambda: pace.finish(work * (1 - pace.FORWARD)))
         logits = super().logits(hidden_BTD)
-        pace.finish(share * pace.FORWARD)
+        pace.finish(work * pace.FORWARD)
         return _Mark.apply(logits, _nothing, pace.start)
+
+    def _microbatches(self, x: Tensor) -> float:
+        """How many microbatches' samples are in a batch."""
+        return x.shape[0] / self.microbatch_size
 
 
 class Whole(Part):

@@ -78,7 +78,7 @@ def train(host: Host, stage: int, replica: int, part: Part, schedule: Any) -> No
         )
         optimizer.step()
         optimizer.zero_grad()
-        done, loss = step + 1, float(sum(losses)) / len(losses) if losses else None
+        done, loss = step + 1, sum(float(loss.detach()) for loss in losses) / len(losses) if losses else None
         host.progress.step(done, done * task.samples_per_step, loss)
         if done % 10 == 0 and task.replicas > 1:
             host.progress.say("round", step=done, values=sketch(part.parameters()), group=stage)

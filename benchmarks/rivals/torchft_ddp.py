@@ -53,7 +53,7 @@ def train(host: Host, whole: Whole, inner: Any, made: Any) -> None:
             host.progress.say("note", text=f"step {step} was not committed")
             continue
         alone += made.num_participants() < host.world
-        host.progress.step(done, done * host.task.samples_per_step, float(loss))
+        host.progress.step(done, done * host.task.samples_per_step, float(loss.detach()))
         if done % 10 == 0:
             host.progress.say("round", step=done, values=sketch(whole.parameters()), peers=made.num_participants())
         if host.rank == 0 and host.is_snapshot(done):

@@ -92,7 +92,7 @@ def train(host: Host, whole: Whole, parts: list[nn.Module], inner: Any, outer: l
             for indices in mine:
                 loss = whole(*host.data.batch(indices, host.run.seed)) / len(mine)
                 loss.backward()
-                total += float(loss)
+                total += float(loss.detach())
             inner.step()  # DiLoCo's hooks exchange in here
             done = step + 1
             host.progress.step(done, done * host.task.samples_per_step, total)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 
 import msgspec
 import pytest
 
-from potluck.benchmarks.rivals.pace import Pace
+from potluck.benchmarks.rivals.pace import Pace, busy_seconds
 from potluck.benchmarks.rivals.record import Progress, interface_bytes, interface_of, lines
 from potluck.benchmarks.rivals.rounds import averaged_share, places, spreads
 from potluck.benchmarks.rivals.task import Task, arrive, read, write
@@ -81,51 +82,73 @@ def test_a_host_must_fit_its_task(tmp_path, capsys):
 
 
 class Clock:
-    """Time that goes on when somebody sleeps or works."""
+    """Time that goes on when somebody sleeps, works or waits."""
 
     def __init__(self):
         self.now = 100.0
-        self.slept = []
+        self.busy = 0.0
 
     def __call__(self):
         return self.now
 
     def sleep(self, seconds):
-        self.slept.append(seconds)
         self.now += seconds
 
-    work = sleep
+    wait = sleep
+
+    def work(self, seconds):
+        self.now += seconds
+        self.busy += seconds
+
+    def pace(self, seconds):
+        return Pace(seconds, self, lambda: self.busy, self.sleep)
 
 
 def test_pace_makes_up_for_late_pieces_within_a_computation():
     clock = Clock()
-    pace = Pace(8.0, clock, clock.sleep)
+    pace = clock.pace(8.0)
     pace.start()
-    clock.now += 1.0
+    clock.work(1.0)
     pace.finish(0.25)
     assert clock.now == 102.0
-    clock.now += 3.0  # a second more than a quarter takes
+    clock.work(3.0)  # a second more than a quarter takes
     pace.finish(0.25)
     assert clock.now == 105.0
-    clock.now += 0.5
+    clock.work(0.5)
     pace.finish(0.25)
     assert clock.now == 106.0
     assert (pace.played, pace.late) == (6.0, 0.0)
-    clock.now += 50.0  # waiting is no computation
+    clock.wait(50.0)
     pace.start()
     pace.finish(0.25)
     assert clock.now == 158.0
-    clock.now += 5.0
+    clock.work(5.0)
     pace.finish(0.5)
     assert (clock.now, pace.late) == (163.0, 1.0)  # the end: nobody makes up for it
 
 
+def test_waiting_amid_a_computation_is_none_of_it():
+    clock = Clock()
+    pace = clock.pace(8.0)
+    pace.start()
+    clock.work(1.0)
+    clock.wait(10.0)
+    pace.finish(0.25)
+    assert (clock.now, pace.late) == (112.0, 0.0)
+
+
 def test_no_pace_sleeps_never():
     clock = Clock()
-    pace = Pace(0.0, clock, clock.sleep)
+    pace = clock.pace(0.0)
     pace.start()
     pace.finish(1.0)
-    assert clock.slept == []
+    assert clock.now == 100.0
+
+
+def test_busy_is_not_asleep():
+    before, since = busy_seconds(), time.monotonic()
+    time.sleep(0.05)
+    assert busy_seconds() - before < time.monotonic() - since
 
 
 def test_progress_stands_still_while_paused(tmp_path):
