@@ -149,9 +149,10 @@ def begin(host: Host, store: torch.distributed.Store) -> None:
 
 
 def end(host: Host, store: torch.distributed.Store) -> None:
-    """Says so, and waits for the others: rank 0 must not take the store away from them."""
-    pace = host.pace
-    host.progress.say("end", paused=host.progress.paused_seconds, late=pace.late, played=pace.played)
+    """Says so, and waits for the others: who is behind may need them, and everybody needs rank 0's store."""
+    host.progress.say("end", paused=host.progress.paused_seconds)
     store.set(f"done/{host.rank}", "1")
+    store.wait([f"done/{rank}" for rank in range(host.world)])
+    store.set(f"left/{host.rank}", "1")
     if host.rank == 0:
-        store.wait([f"done/{rank}" for rank in range(host.world)])
+        store.wait([f"left/{rank}" for rank in range(host.world)])

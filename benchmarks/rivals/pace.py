@@ -38,6 +38,9 @@ class Pace:
         self._clock, self._busy, self._sleep = clock, busy, sleep
         self._since = self._owed = self._slept = self._over = 0.0
 
+    def figures(self) -> dict[str, float]:
+        return {"late": self.late, "played": self.played}
+
     def start(self) -> None:
         """A computation begins."""
         if self.seconds:

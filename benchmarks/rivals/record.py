@@ -13,7 +13,8 @@ note       anything else worth knowing
 end        training is over
 ========== =========================================================================================
 
-With an interface every line has ``bytes``, sent and received by it since the host's boot.
+With an interface every line has ``bytes``, sent and received by it since the host's boot; and every line has ``late``
+and ``played``, see pace.py.
 """
 
 from __future__ import annotations
@@ -30,11 +31,17 @@ import psutil
 
 
 class Progress:
-    """Appends lines to ``path``, at once to be read."""
+    """Appends lines to ``path``, at once to be read; ``more`` goes into every line."""
 
-    def __init__(self, path: Path, interface: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path,
+        interface: str = "",
+        more: Callable[[], dict[str, Any]] = dict,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._interface, self._clock = interface, clock
+        self._interface, self._more, self._clock = interface, more, clock
         self._began: float | None = None
         self.paused_seconds = 0.0
 
@@ -60,7 +67,7 @@ class Progress:
             self.paused_seconds += self._clock() - since
 
     def say(self, event: str, **fields: Any) -> None:
-        line = {"event": event, "at": self._clock(), "time": self.time, **fields}
+        line = {"event": event, "at": self._clock(), "time": self.time, **self._more(), **fields}
         if self._interface:
             line["bytes"] = interface_bytes(self._interface)
         self._file.write(json.dumps(line) + "\n")

@@ -7,14 +7,15 @@ each round every rank shows a *sketch*: the values at the same few hundred place
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Spread below which a round counts. hivemind's 8 bits leave 0.3 to 0.6 (they cut off what is beyond 3 sigma, and every
-# rank gets its mean with another error); a round that one of four had no part in leaves 0.9.
-AVERAGED = 0.75
+# Spread below which a round counts, if it does not say its own ``tolerance``; one of four that had no part in it leaves
+# 0.5 and more.
+AVERAGED = 0.1
 
 
 def places(count: int, wanted: int = 256) -> NDArray[np.int64]:
@@ -28,8 +29,16 @@ def apart(sketches: Sequence[Sequence[float]]) -> float:
     return float(np.sqrt(np.square(values - values.mean(0)).mean()))
 
 
-def spreads(records: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[float]:
-    """What each round left of the ranks' differences, 0: nothing; ``records`` are the lines of each rank.
+@dataclass(frozen=True)
+class Round:
+    """What one left of the ranks' differences, and how much its codecs may leave."""
+
+    spread: float
+    tolerance: float = AVERAGED
+
+
+def judged(records: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Round]:
+    """What each round left of the ranks' differences; ``records`` are the lines of each rank.
 
     A round shows ``values`` after it. If it shows its ``own`` before it, too, as gradients do, the spread is how far
     ranks are apart afterwards relative to before: 1 if nobody was averaged with. Otherwise (weights) it is relative to
@@ -52,24 +61,23 @@ def spreads(records: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[float]:
             values = [event["values"] for event in shown]
             mean = np.array(values, np.float64).mean(0)
             if set(rounds[step]) != members[group]:
-                out += [1.0] if step < newest else []  # later ones: somebody was stopped
+                out += [Round(1.0)] if step < newest else []  # later ones: somebody was stopped
             elif all("own" in event for event in shown):
-                out.append(_ratio(apart(values), apart([event["own"] for event in shown])))
+                out.append(_round(shown, apart(values), apart([event["own"] for event in shown])))
             elif before is not None:
-                out.append(_ratio(apart(values), float(np.sqrt(np.square(mean - before).mean()))))
+                out.append(_round(shown, apart(values), float(np.sqrt(np.square(mean - before).mean()))))
             before = mean
     return out
 
 
-def _ratio(left: float, whole: float) -> float:
-    if left == 0.0:
-        return 0.0
-    return left / whole if whole else float("inf")
+def _round(shown: Sequence[Mapping[str, Any]], left: float, whole: float) -> Round:
+    spread = left / whole if whole else float("inf") if left else 0.0
+    return Round(spread, shown[0].get("tolerance", AVERAGED))
 
 
-def averaged_share(found: Sequence[float]) -> float | None:
+def averaged_share(found: Sequence[Round]) -> float | None:
     """The share of rounds that really averaged; None without any."""
-    return sum(s < AVERAGED for s in found) / len(found) if found else None
+    return sum(r.spread < r.tolerance for r in found) / len(found) if found else None
 
 
 def claimed_share(records: Mapping[int, Sequence[Mapping[str, Any]]], world: int) -> float | None:

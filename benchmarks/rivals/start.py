@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .record import lines
-from .rounds import averaged_share, claimed_share, spreads
+from .rounds import averaged_share, claimed_share, judged
 from .task import Task, write
 
 TICK = 0.25  # seconds
@@ -179,9 +179,9 @@ class _Contest:
         steps = max((self._of(rank, "step") for rank in self.ranks), key=len)
         gaps = sorted(b["time"] - a["time"] for a, b in itertools.pairwise(steps))
         target = min((p["trained"] for p in self.points if p["loss"] <= self.task.target), default=None)
-        ends = [e for rank in self.ranks for e in self._of(rank, "end")]
-        played = sum(e["played"] for e in ends)
-        found = sorted(spreads(self.events))
+        last = [events[-1] for events in self.events.values() if events]
+        played = sum(e["played"] for e in last)
+        found = sorted(judged(self.events), key=lambda r: r.spread)
         own = [[e["own"] for e in self._of(rank, "step") if "own" in e] for rank in self.ranks]
         samples = sum(counts[-1] for counts in own if counts) if any(own) else steps[-1]["samples"] if steps else 0
         return Result(
@@ -199,8 +199,8 @@ class _Contest:
             received=[b[1] - a[1] for a, b in zip(before, after, strict=True)],
             averaged=averaged_share(found),
             claimed=claimed_share(self.events, len(self.ranks)),
-            spread=found[len(found) // 2] if found else None,
-            late=sum(e["late"] for e in ends) / played if played else None,
+            spread=found[len(found) // 2].spread if found else None,
+            late=sum(e["late"] for e in last) / played if played else None,
             notes=[f"rank {r}: {e['text']}" for r in self.ranks for e in self._of(r, "note")],
             failures=self.failures,
         )

@@ -117,6 +117,7 @@ def arrive(name: str, parser: argparse.ArgumentParser | None = None, argv: Seque
     if not 0 <= options.rank < options.world == len(peers) == task.workers:
         parser.error("rank, world, the number of peers and the task's workers do not go together")
     print(f"{name}: rank {options.rank} of {options.world} at {options.address}", file=sys.stderr, flush=True)
+    pace = Pace(task.pace)
     return Host(
         task=task,
         rank=options.rank,
@@ -126,7 +127,7 @@ def arrive(name: str, parser: argparse.ArgumentParser | None = None, argv: Seque
         port=options.port,
         out=options.out,
         data=Dataset(Path(task.corpus)),
-        pace=Pace(task.pace),
-        progress=Progress(options.out, interface_of(options.address)),
+        pace=pace,
+        progress=Progress(options.out, interface_of(options.address), pace.figures),
         options=options,
     )

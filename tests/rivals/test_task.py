@@ -10,7 +10,7 @@ import pytest
 
 from potluck.benchmarks.rivals.pace import Pace, busy_seconds
 from potluck.benchmarks.rivals.record import Progress, interface_bytes, interface_of, lines
-from potluck.benchmarks.rivals.rounds import averaged_share, places, spreads
+from potluck.benchmarks.rivals.rounds import averaged_share, judged, places
 from potluck.benchmarks.rivals.task import Task, arrive, read, write
 from potluck.protocol.config import RunConfig
 from potluck.protocol.plan import Plan, Replica, StagePlan
@@ -191,20 +191,21 @@ def rounds(*steps, **fields):
 
 def test_equal_weights_were_averaged_and_lone_ones_not():
     same = {rank: rounds([0.0, 0.0], [1.0, -1.0], [2.0, 1.0]) for rank in range(2)}
-    assert spreads(same) == [0.0, 0.0]
+    assert [r.spread for r in judged(same)] == [0.0, 0.0]
     alone = {0: rounds([0.0, 0.0], [1.0, -1.0]), 1: rounds([0.0, 0.0], [-1.0, 2.0])}
-    assert averaged_share(spreads(alone)) == 0.0
+    assert averaged_share(judged(alone)) == 0.0
     assert averaged_share([]) is None
 
 
 def test_gradients_are_compared_with_what_they_were():
     before = [[1.0, 0.0], [0.0, 1.0]]
-    for after, share in ((before, 0.0), ([[0.5, 0.5], [0.5, 0.4]], 1.0)):
-        records = {rank: rounds(after[rank], own=before[rank]) for rank in range(2)}
-        assert averaged_share(spreads(records)) == share
+    nearly = [[0.6, 0.5], [0.5, 0.3]]
+    for after, tolerance, share in ((before, 0.75, 0.0), (nearly, 0.75, 1.0), (nearly, 0.1, 0.0)):
+        records = {rank: rounds(after[rank], own=before[rank], tolerance=tolerance) for rank in range(2)}
+        assert averaged_share(judged(records)) == share
 
 
 def test_a_round_that_somebody_missed_does_not_count():
     records = {0: rounds([0.0], [1.0], [2.0], [3.0]), 1: rounds([0.0], [1.0], [2.0])}
     del records[1][1]
-    assert spreads(records) == [1.0, 0.0]  # and the last one was not everybody's yet
+    assert [r.spread for r in judged(records)] == [1.0, 0.0]  # and the last one was not everybody's yet
