@@ -61,9 +61,10 @@ def show(result: Result) -> None:
     print(f" (setup {result.setup_seconds:.1f} s), {said(result.seconds_per_step)} s a step")
     print("  held out: " + ", ".join(f"{p['loss']:.3f} at {p['step']:.0f}" for p in result.points))
     print(f"  rounds averaged: {said(result.averaged, '.0%')} (said to be: {said(result.claimed, '.0%')})", end="")
-    print(f", median spread {said(result.spread)}", end="")
-    print(f"; behind pace {said(result.late, '.1%')}; to target {said(result.seconds_to_target)} s")
-    print(f"  {said(result.bytes_per_sample, ',.0f')} bytes per sample;", result.commands[0])
+    print(f", median spread {said(result.spread)}; to target {said(result.seconds_to_target)} s")
+    print(f"  behind pace {said(result.late, '.1%')}, {result.cpu_seconds:.0f} s of CPU", end="; ")
+    print(f"{said(result.bytes_per_sample, ',.0f')} bytes per sample")
+    print("  " + result.commands[0])
     for line in (*result.notes, *result.failures):
         print("  !", line.replace("\n", "\n    "))
 

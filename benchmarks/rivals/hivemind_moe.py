@@ -96,7 +96,7 @@ def serve(host: Host, dht: Any, stage: int, stages: int) -> Any:
     backend = ModuleBackend(
         uid(stage),
         Expert(part),
-        optimizer=Counting(host, part, stage, stages),  # type: ignore[arg-type]
+        optimizer=Counting(host, part, stage, stages),
         args_schema=(*((ids,) if part.is_first else (hidden,)), *((ids,) if part.is_last else ())),
         outputs_schema=BatchTensorDescriptor(dtype=torch.float32, requires_grad=True) if part.is_last else hidden,
         min_batch_size=1,

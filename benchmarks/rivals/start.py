@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -72,6 +73,7 @@ class Result:
     claimed: float | None  # share of rounds of which ranks say that all took part
     spread: float | None  # the rounds' median, see rounds.py
     late: float | None  # seconds that hosts computed longer than their pace, relative to it
+    cpu_seconds: float  # of all hosts and the judge, setup included, as far as their processes ended by themselves
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -107,7 +109,7 @@ class _Contest:
         self.judge = [*python, "benchmarks.rivals.judge", str(folder / "task.json"), str(folder)]
 
     def result(self) -> Result:
-        started = time.monotonic()
+        started, self.cpu_before = time.monotonic(), cpu_seconds()
         environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         plain: dict[str, Any] = {"cwd": ROOT, "env": environment, "start_new_session": True}
         processes: list[subprocess.Popen[bytes]] = []
@@ -201,9 +203,16 @@ class _Contest:
             claimed=claimed_share(self.events, len(self.ranks)),
             spread=found[len(found) // 2].spread if found else None,
             late=sum(e["late"] for e in last) / played if played else None,
+            cpu_seconds=cpu_seconds() - self.cpu_before,
             notes=[f"rank {r}: {e['text']}" for r in self.ranks for e in self._of(r, "note")],
             failures=self.failures,
         )
+
+
+def cpu_seconds() -> float:
+    """Of this process's children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
