@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def measure(profile: Profile, layout: Layout, setting: str, *, steps: int, warmu
     with Lab(there, hosts=1 + count) as lab:
         for i in range(1, 1 + count):
             lab.set(i, UNLIMITED)
-        crew = Crew(lab, layout, setting, folder)
+        config = run_config(layout, setting, steps=100_000, host=lab.address(0))
+        crew = Crew(lab, config, pace(layout), count, folder)
         try:
             crew.start()
             first = crew.wait(1)
@@ -123,17 +125,16 @@ def quicken(lab: Lab, host: int, time_factor: float) -> None:
 
 
 class Crew:
-    """The processes of a run."""
+    """Its coordinator on host 0, its workers on those after it; ``config`` is run.yaml, ``pace`` host.py's."""
 
-    def __init__(self, lab: Lab, layout: Layout, setting: str, folder: Path) -> None:
-        self.lab, self.layout, self.setting, self.folder = lab, layout, setting, folder
+    def __init__(self, lab: Lab, config: dict[str, Any], pace: dict[str, Any], count: int, folder: Path) -> None:
+        self.lab, self.config, self.pace, self.count, self.folder = lab, config, pace, count, folder
         self.processes: dict[str, subprocess.Popen[Any]] = {}
         self._database: sqlite3.Connection | None = None
 
     def start(self) -> None:
-        config = run_config(self.layout, self.setting, steps=100_000, host=self.lab.address(0))
         path, ready, place = self.folder / "run.yaml", self.folder / "ready.json", self.folder / "coordinator"
-        path.write_text(yaml.safe_dump(config))
+        path.write_text(yaml.safe_dump(self.config))
         potluck = [sys.executable, "-m", "potluck"]
         up = [*potluck, "coordinator", "up", str(path), "--data-dir", str(place), "--ready-file", str(ready)]
         self._popen("coordinator", 0, up)
@@ -141,9 +142,9 @@ class Crew:
         while not ready.exists():
             self._look(deadline)
         ticket = json.loads(ready.read_text())["ticket"]
-        for i in range(1, 1 + self.layout.stages * self.layout.replicas):
+        for i in range(1, 1 + self.count):
             trace, home = self.folder / f"w{i}.trace", self.folder / f"w{i}"
-            host = [sys.executable, "-m", "benchmarks.links.host", json.dumps(pace(self.layout)), str(trace), "--"]
+            host = [sys.executable, "-m", "benchmarks.links.host", json.dumps(self.pace), str(trace), "--"]
             join = ["worker", "join", ticket, "--threads", "1", "--host", self.lab.address(i), "--name", f"w{i}"]
             self._popen(f"w{i}", i, [*host, *join, "--data-dir", str(home), "--state-mbps", "0"])
 
@@ -165,22 +166,28 @@ class Crew:
     def tail(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()[-2000:]
 
-    def times(self) -> dict[int, float]:
-        """When the coordinator heard of each step's loss."""
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """Of the run's own file, read only."""
         if self._database is None:
             self._database = sqlite3.connect(f"file:{self.folder}/coordinator/run.sqlite?mode=ro", uri=True)
         with contextlib.suppress(sqlite3.OperationalError):  # just being made
-            return dict(self._database.execute("SELECT step, time FROM points WHERE train IS NOT NULL"))
-        return {}
+            return self._database.execute(query).fetchall()
+        return []
+
+    def times(self) -> dict[int, float]:
+        """When the coordinator heard of each step's loss."""
+        return dict(self.rows("SELECT step, time FROM points WHERE train IS NOT NULL"))  # type: ignore[arg-type]
 
     def wait(self, step: int) -> int:
         """Until so many steps are done; returns how many are."""
-        begun = time.monotonic()
-        while True:
-            done = max(self.times(), default=0) if (self.folder / "coordinator" / "run.sqlite").exists() else 0
-            if done >= step:
-                return done
-            self._look(begun + (START_SECONDS if step == 1 else STEP_SECONDS * max(1, step - done)))
+        left = step - max(self.times(), default=0) if step > 1 else 0
+        self.until(lambda: max(self.times(), default=0) >= step, START_SECONDS + STEP_SECONDS * max(0, left))
+        return max(self.times())
+
+    def until(self, ready: Callable[[], Any], patience: float = START_SECONDS) -> None:
+        deadline = time.monotonic() + patience
+        while not ((self.folder / "coordinator" / "run.sqlite").exists() and ready()):
+            self._look(deadline)
 
     def stop(self) -> None:
         if self._database is not None:

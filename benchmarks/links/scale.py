@@ -83,9 +83,8 @@ class Layout:
     @property
     def thin(self) -> float:
         """Weights of a mean stage for its T d: GPT-J's over the small model's."""
-        real = GPTJ["layers"] * BLOCK_WEIGHTS + 2 * GPTJ["vocab"] * GPTJ["d_model"]
         small = self.layers * 12 * self.width**2 + 2 * self.vocab * self.width
-        return real / small * self.bytes_factor
+        return gptj_weights() / small * self.bytes_factor
 
     def describe(self) -> str:
         return (
@@ -95,6 +94,10 @@ class Layout:
             f" {self.compute_seconds:g} s a microbatch of {self.seq_len}; rates x {self.rate_factor:.4f}, latencies x"
             f" {self.time_factor:.4f}; {self.thin:.1f} times fewer weights for T d, so all 4 fragments at once"
         )
+
+
+def gptj_weights() -> float:
+    return GPTJ["layers"] * BLOCK_WEIGHTS + 2 * GPTJ["vocab"] * GPTJ["d_model"]
 
 
 LAYOUTS = {
