@@ -16,6 +16,7 @@ from benchmarks.netlab.lab import Lab
 from benchmarks.netlab.profiles import PROFILES, UNLIMITED, Profile
 from benchmarks.rivals.start import Result, start
 from benchmarks.rivals.task import Task
+from potluck.coordinator import corpus as source
 from potluck.protocol.config import RunConfig
 
 from .runs import Crew, quicken
@@ -37,6 +38,12 @@ RIVALS = (
 )
 OURS: dict[str, dict[str, Any]] = {
     "potluck, default": {"sync": {"preset": "potluck"}},
+    "potluck, uncompressed": {
+        "sync": {"preset": "dense"},
+        "activations": {"forward": "fp32", "backward": "fp32"},
+        "checkpoint": {"keepers": 0},
+        "zstd": False,
+    },
     "potluck, CocktailSGD's settings": {"sync": {"preset": "cocktail"}, "checkpoint": {"keepers": 0}},
     "potluck, AQ-SGD's settings": {
         "sync": {"preset": "dense"},
@@ -67,8 +74,8 @@ class Outcome:
 def describe() -> str:
     return (
         f"{WORKERS} machines like an {REAL.card.name} (here: {PACE:g} s for a microbatch through the whole model,"
-        f" computed for real, then padded); d {REAL.width}, {REAL.layers} blocks, sequences of {REAL.seq_len}, {MICROBATCHES}"
-        f" microbatches a replica and step; rates x {BYTES_FACTOR / TIME_FACTOR:.4f}, latencies x {TIME_FACTOR:.4f};"
+        f" computed for real, then padded); d {REAL.width}, {REAL.layers} blocks, sequences of {REAL.seq_len},"
+        f" {MICROBATCHES} microbatches a replica and step; rates x {BYTES_FACTOR / TIME_FACTOR:.4f}, latencies x {TIME_FACTOR:.4f};"
         f" GPT-J has {SEQ_LEN * GPTJ['d_model'] / (REAL.seq_len * REAL.width):,.0f} times its T d and"
         f" {gptj_weights() / small_weights():,.0f} times its weights"
     )
@@ -175,6 +182,13 @@ def theirs(name: str, line_name: str, task: Task, folder: Path) -> Outcome:
         notes=[*found.notes, *found.failures],
         points=[(p["trained"], p["loss"]) for p in found.points],
     )
+
+
+def prepare(corpus: Path) -> None:
+    """The same text and tokens that potluck's coordinator makes of this configuration."""
+    run = msgspec.convert(run_config(1, 1), RunConfig)
+    data = run.data
+    source.prepare(data.source, corpus, vocab_size=data.vocab_size, seq_len=run.model.seq_len, seed=run.seed)
 
 
 def task(corpus: Path, *, steps: int, every: int, seconds: float, target: float) -> Task:
