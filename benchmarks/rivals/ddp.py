@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .model import Sketch, Whole, adamw, begin, end, rendezvous, set_rate, snapshot
-from .task import arrive
+from .task import arrive, to_the_end
 
 
 def main() -> None:
@@ -45,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    to_the_end(main)

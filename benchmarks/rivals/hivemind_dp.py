@@ -20,7 +20,7 @@ from potluck.worker.stage import learning_rate
 from .model import Sketch, Whole, adamw, begin, end, rendezvous, snapshot
 from .rounds import AVERAGED
 from .swarm_dht import join
-from .task import Host, arrive
+from .task import Host, arrive, to_the_end
 
 LARGE = 2**16 + 1  # values from which a tensor goes in 8 bits
 # Its 8 bits leave 0.3 to 0.6 of the ranks' differences, with everybody in the round: they cut off what is beyond
@@ -176,4 +176,4 @@ def train(host: Host, model: Whole, optimizer: Any, heard: Heard) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    to_the_end(main)

@@ -23,7 +23,7 @@ from potluck.protocol.plan import split_layers
 
 from .model import Part, adamw, begin, end, rendezvous, set_rate, snapshot
 from .swarm_dht import join
-from .task import Host, arrive
+from .task import Host, arrive, to_the_end
 
 HANDLERS = 8  # processes that take requests; hivemind's own default for one expert
 
@@ -118,13 +118,17 @@ def main() -> None:
     dht = join(host, store)
     trainers = list(range(stages, host.world)) or list(range(host.world))
     server = serve(host, dht, host.rank, stages) if host.rank < stages else None
+    # A trainer cannot call an expert of its own peer ("dial to self attempted"): it is another peer there.
+    own = join(host, store, 1) if server is not None and host.rank in trainers else dht
     store.set(f"serving/{host.rank}", "1")
     wait(store, "serving", range(host.world))
     begin(host, store)
     if host.rank in trainers:
-        train(host, dht, store, trainers, stages)
+        train(host, own, store, trainers, stages)
     wait(store, "trained", trainers)
     end(host, store)
+    if own is not dht:
+        own.shutdown()
     if server is not None:
         server.shutdown()
     else:
@@ -163,4 +167,4 @@ def train(host: Host, dht: Any, store: dist.Store, trainers: list[int], stages: 
 
 
 if __name__ == "__main__":
-    main()
+    to_the_end(main)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,3 +133,13 @@ def arrive(name: str, parser: argparse.ArgumentParser | None = None, argv: Seque
         progress=Progress(options.out, interface_of(options.address), pace.figures),
         options=options,
     )
+
+
+def to_the_end(main: Callable[[], None]) -> None:
+    """A program's ``main``. Whatever it raises ends the process, even if a library's threads would go on."""
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

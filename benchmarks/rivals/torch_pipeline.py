@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from potluck.protocol.plan import split_layers
 
 from .model import Part, Sketch, adamw, begin, end, rendezvous, set_rate, snapshot
-from .task import Host, arrive
+from .task import Host, arrive, to_the_end
 
 
 class Piece(nn.Module):
@@ -88,4 +88,4 @@ def train(host: Host, stage: int, replica: int, part: Part, schedule: Any) -> No
 
 
 if __name__ == "__main__":
-    main()
+    to_the_end(main)

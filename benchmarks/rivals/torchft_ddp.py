@@ -11,7 +11,7 @@ from typing import Any
 
 from .ft import manager
 from .model import Sketch, Whole, adamw, begin, end, rendezvous, set_rate, snapshot
-from .task import Host, arrive
+from .task import Host, arrive, to_the_end
 
 
 def main() -> None:
@@ -63,4 +63,4 @@ def train(host: Host, whole: Whole, inner: Any, made: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    to_the_end(main)

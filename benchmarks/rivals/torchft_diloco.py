@@ -14,7 +14,7 @@ from torch import nn
 
 from .ft import manager
 from .model import Sketch, Whole, adamw, begin, end, rendezvous, set_rate, snapshot
-from .task import Host, arrive
+from .task import Host, arrive, to_the_end
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,4 +111,4 @@ def train(host: Host, whole: Whole, parts: list[nn.Module], inner: Any, outer: l
 
 
 if __name__ == "__main__":
-    main()
+    to_the_end(main)
