@@ -72,10 +72,11 @@ class Outcome:
 
 
 def describe() -> str:
+    rate = BYTES_FACTOR / TIME_FACTOR
     return (
         f"{WORKERS} machines like an {REAL.card.name} (here: {PACE:g} s for a microbatch through the whole model,"
         f" computed for real, then padded); d {REAL.width}, {REAL.layers} blocks, sequences of {REAL.seq_len},"
-        f" {MICROBATCHES} microbatches a replica and step; rates x {BYTES_FACTOR / TIME_FACTOR:.4f}, latencies x {TIME_FACTOR:.4f};"
+        f" {MICROBATCHES} microbatches a replica and step; rates x {rate:.4f}, latencies x {TIME_FACTOR:.4f};"
         f" GPT-J has {SEQ_LEN * GPTJ['d_model'] / (REAL.seq_len * REAL.width):,.0f} times its T d and"
         f" {gptj_weights() / small_weights():,.0f} times its weights"
     )

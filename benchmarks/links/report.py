@@ -114,7 +114,7 @@ def efficiency(found: dict[str, Any]) -> str:
 *Compute is replaced by calibrated waiting in every row of this section*: what is sent is real, what is learned is not.
 *Of unlimited*: committed tokens/s over those of the same run on lines without limits. *Of plain loops*: over those of
 as many machines that train the whole model alone and talk to nobody, by calculation from the calibrated time; the
-bubbles of a step alone leave {left[0]:.2f} of it with two stages and {left[1]:.2f} with four. *Uplink used*: of the host
+bubbles of a step alone leave {left[0]:.2f} of it with two stages, {left[1]:.2f} with four. *Uplink used*: of the host
 that sends most. *Late*: forwards and backwards that took longer than they should have, and packets that the emulator
 handed over more than 1 ms late: more than a per cent or two of either says that the machine was busy with other things.
 """
@@ -187,7 +187,8 @@ def contest(found: dict[str, Any]) -> str:
     return f"""## Against others
 
 Seconds of training until the held-out loss is {found["target"]:g}, on lines without limits and on `{slow}`
-({PROFILES[slow].about}). {found["conditions"]}. At most {found["seconds"]:.0f} s of training each. Compute is real, and padded to its time.
+({PROFILES[slow].about}). {found["conditions"]}.
+At most {found["seconds"]:.0f} s of training each. Compute is real, and padded to its time.
 
 {table(heads, rows)}
 
