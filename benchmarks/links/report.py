@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.netlab.profiles import PROFILES
 
-from .contest import Outcome, line
+from .contest import WORKERS, Outcome, line
 from .path import Records, draw, shares
 from .runs import plain_tokens_per_second
 from .scale import LAYOUTS, MICROBATCHES
@@ -148,22 +148,28 @@ def one_line(o: Outcome) -> str:
     return f"{o.name} on {o.line}: to target {reached}, {o.steps} steps in {o.seconds:.0f} s, held out {loss}"
 
 
+def least_seconds(outcomes: Sequence[dict[str, Any]], name: str, slow: str) -> float:
+    """What a contestant's machines sent until the target on the unlimited line, at another line's rate; 0: unknown."""
+    free = next((o for o in outcomes if (o["name"], o["line"]) == (name, "unlimited")), None)
+    if free is None or not free["sent_per_sample"]:
+        return 0.0
+    share = (free["to_target"] or free["seconds"]) / free["seconds"]
+    nbytes = share * free["steps"] * 2 * MICROBATCHES * free["sent_per_sample"]
+    return nbytes / WORKERS / (line(slow).lines[0].up_mbit * 125_000)
+
+
 def contest(found: dict[str, Any]) -> str:
     names = list(dict.fromkeys(o["name"] for o in found["outcomes"]))
     by = {(o["name"], o["line"]): o for o in found["outcomes"]}
-    slow = next(o["line"] for o in found["outcomes"] if o["line"] != "unlimited")
-    up = line(slow).lines[0].up_mbit * 125_000
+    slow = found["slow"]
     rows, notes = [], []
     for name in names:
         free, bound = by.get((name, "unlimited")), by.get((name, slow))
         cells = [name]
         for o in (free, bound):
             cells.append("-" if o is None else f"{o['to_target']:.0f}" if o["to_target"] else f"> {o['seconds']:.0f}")
-        least = None
-        if free and free["to_target"] and free["sent_per_sample"]:
-            share = free["to_target"] / free["seconds"]
-            least = share * free["steps"] * 2 * MICROBATCHES * free["sent_per_sample"] / 4 / up
-        cells.append("-" if least is None else f"{least:,.0f}")
+        least = least_seconds(found["outcomes"], name, slow)
+        cells.append(f"{least:,.0f}" if least else "-")
         for o in (bound, free):
             cells.append("-" if o is None or o["seconds_per_step"] is None else f"{o['seconds_per_step']:.2f}")
         each = (bound or free or {}).get("sent_per_sample") or (free or {}).get("sent_per_sample")
@@ -192,9 +198,9 @@ At most {found["seconds"]:.0f} s of training each. Compute is real, and padded t
 
 {table(heads, rows)}
 
-*At least*: what its machines sent until the target on the unlimited line, at the slow line's rate: no run of it can be
-shorter. *Bytes/sample*: sent by all machines together. *Rounds averaged*: those after which parameters had really come
-together. Rivals' evaluations stop their clock, potluck's do not. How each is set up: `benchmarks/rivals`.
+*At least*: what its machines sent on the unlimited line until the target (or until the time was up), at the slow line's
+rate: no run of it can be shorter, and those for which it is longer than the limit were not made. *Bytes/sample*: sent
+by all machines together. *Rounds averaged*: those after which parameters had really come together. Rivals' evaluations stop their clock, potluck's do not. How each is set up: `benchmarks/rivals`.
 
 What they said on the way:
 
