@@ -200,7 +200,8 @@ At most {found["seconds"]:.0f} s of training each. Compute is real, and padded t
 
 *At least*: what its machines sent on the unlimited line until the target (or until the time was up), at the slow line's
 rate: no run of it can be shorter, and those for which it is longer than the limit were not made. *Bytes/sample*: sent
-by all machines together. *Rounds averaged*: those after which parameters had really come together. Rivals' evaluations stop their clock, potluck's do not. How each is set up: `benchmarks/rivals`.
+by all machines together. *Rounds averaged*: those after which parameters had really come together.
+Rivals' evaluations stop their clock, potluck's do not. How each is set up: `benchmarks/rivals`.
 
 What they said on the way:
 
