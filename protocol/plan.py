@@ -259,7 +259,8 @@ class Plan:
             stages=stages(message.stages),
             parts=stages(message.parts),
         )
-        if plan.parts and not (is_whole(plan.parts) and is_whole(plan.stages)):
+        same_end = not plan.parts or plan.parts[-1].last_layer == plan.stages[-1].last_layer
+        if plan.parts and not (same_end and is_whole(plan.parts) and is_whole(plan.stages)):
             raise WireError("a plan whose stages cannot be made of those before it")
         if not all(plan.replicas):
             raise WireError("a plan that has lost every replica of a stage")
@@ -269,7 +270,7 @@ class Plan:
 def is_whole(stages: tuple[StagePlan, ...]) -> bool:
     """Whether the layers are divided without gap or overlap."""
     ends = [0, *(s.last_layer for s in stages)]
-    return all(s.first_layer == end < s.last_layer for s, end in zip(stages, ends, strict=False))
+    return bool(stages) and all(s.first_layer == end < s.last_layer for s, end in zip(stages, ends, strict=False))
 
 
 def split_layers(layers: int, stages: int, *, d_model: int, vocab_size: int) -> list[tuple[int, int]]:
