@@ -60,8 +60,9 @@ def simulate(swarm: Swarm, share: float, seed: int) -> tuple[float, float, int]:
     rounds: list[tuple[float, int]] = []  # committed, after the warm-up: when, and samples
     with tempfile.TemporaryDirectory(dir=sim.MEMORY if sim.MEMORY.exists() else None) as folder:
         world = sim.World(seed, Path(folder))
-        need = replace(world.rules.needs[0], work=1.0)  # as long as simulated machines compute
-        world.rules = replace(world.rules, needs=(need,) * swarm.stages)
+        (division,) = world.rules.divisions
+        needs = (replace(division.needs[0], work=1.0),) * swarm.stages  # as long as simulated machines compute
+        world.rules = replace(world.rules, divisions=(replace(division, needs=needs),))
         with patched(world), engine.patched(world):
             world.faults.plan, world.step_seconds = {}, swarm.step_seconds
             world.coordinator.start()

@@ -33,6 +33,14 @@ def load(need: StageNeed, offers: Mapping[str, Offer], peers: Collection[str]) -
     return need.work / speed if speed > 0 else float("inf")
 
 
+def slowest(stages: Sequence[StageNeed], offers: Mapping[str, Offer]) -> float:
+    """Time per token of the slowest stage if these peers hold them; infinite if they cannot."""
+    seats = assign(stages, offers, moves=False)  # near to the best, and quick
+    if seats is None:
+        return float("inf")
+    return max(load(need, offers, peers) for need, peers in zip(stages, seats, strict=True))
+
+
 def relief(
     stages: Sequence[StageNeed],
     offers: Mapping[str, Offer],
@@ -44,17 +52,17 @@ def relief(
     ``may`` says whether a peer may move from a stage to another one; a stage's last peer stays in any case.
     """
     loads = [load(need, offers, peers) for need, peers in zip(stages, placed, strict=True)]
-    slowest = max(range(len(stages)), key=lambda s: loads[s])
+    thin = max(range(len(stages)), key=lambda s: loads[s])
     moves = []
     for origin, peers in enumerate(placed):
-        for p in sorted(peers) if origin != slowest and len(peers) > 1 else ():
-            if offers[p].memory_gb >= stages[slowest].memory_gb and may(p, origin, slowest):
-                after = load(stages[origin], offers, peers - {p}), load(stages[slowest], offers, placed[slowest] | {p})
+        for p in sorted(peers) if origin != thin and len(peers) > 1 else ():
+            if offers[p].memory_gb >= stages[thin].memory_gb and may(p, origin, thin):
+                after = load(stages[origin], offers, peers - {p}), load(stages[thin], offers, placed[thin] | {p})
                 moves.append((max(after), origin == 0, p, origin))  # the first stage's replicas make the batch
-    if not moves or min(moves)[0] > MOVE_GAIN * loads[slowest]:
+    if not moves or min(moves)[0] > MOVE_GAIN * loads[thin]:
         return None
     *_, peer, origin = min(moves)
-    return peer, origin, slowest
+    return peer, origin, thin
 
 
 def assign(stages: Sequence[StageNeed], offers: Mapping[str, Offer], *, moves: bool = True) -> list[list[str]] | None:
@@ -103,7 +111,7 @@ def assign(stages: Sequence[StageNeed], offers: Mapping[str, Offer], *, moves: b
     for _ in range(len(offers) if moves else 0):
         if (found := relief(stages, offers, placed)) is None:
             break
-        peer, origin, slowest = found
+        peer, origin, thin = found
         placed[origin].remove(peer)
-        placed[slowest].add(peer)
+        placed[thin].add(peer)
     return [sorted(s) for s in placed]

@@ -196,9 +196,9 @@ class Board:
         traffic = self._by_purpose()
         sent = sum(t["nbytes"] for t in traffic)
         dense = sum(t["dense_nbytes"] if t["purpose"] in COMPRESSED else t["nbytes"] for t in traffic)
+        layers = state.plan.layers if state.plan else self.rules.division(state.committed.stages).layers
         counts = [
-            stage_parameters(a, b, model.layers, d_model=model.d_model, vocab_size=self.vocab_size)
-            for a, b in self.rules.layers
+            stage_parameters(a, b, model.layers, d_model=model.d_model, vocab_size=self.vocab_size) for a, b in layers
         ]
         shape = f"{model.layers} layers, d = {model.d_model}"
         forward, backward = config.activations.forward, config.activations.backward
@@ -210,7 +210,7 @@ class Board:
                 "name": config.name,
                 "id": self.run_id,
                 "model": f"GPT-J shape, {sum(counts) / 1e6:.1f} M parameters, {shape}",
-                "stages": config.pipeline.stages,
+                "stages": len(layers),
                 "preset": config.sync.preset,
                 "codec": codec,
             },
@@ -238,7 +238,7 @@ class Board:
                     "parameters": n,
                     "replicas": [r.peer for r in state.plan.replicas[i]] if state.plan else [],
                 }
-                for i, ((a, b), n) in enumerate(zip(self.rules.layers, counts, strict=True))
+                for i, ((a, b), n) in enumerate(zip(layers, counts, strict=True))
             ],
             "peers": [self._peer(m.peer) for m in state.members.values()],
             "rounds": list(reversed(self._rounds)),

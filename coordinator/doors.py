@@ -188,6 +188,7 @@ class Doors:
             plan = state.plan
             if plan is None or plan.places.get(peer) != (first.stage, 0) or state.publish != first.step:
                 raise WireError("nobody asked for this upload")
+            self.publisher.begin(first.step, plan.generation, plan.layers)
             limit = self.publisher.stage_nbytes(first.stage)
             if not 0 < first.nbytes <= limit:
                 raise WireError(f"an upload of {first.nbytes} bytes, at most {limit} fit the stage")
@@ -200,7 +201,6 @@ class Doors:
         """Writes an upload that is wanted; what is left of one that fails is removed, and its space with it."""
         part: Path | None = None
         try:
-            self.publisher.begin(first.step, plan.generation)
             part = self.publisher.part(first.step, first.stage)
             digest, size = hashlib.sha256(), 0
             with part.open("wb") as file:

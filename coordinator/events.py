@@ -100,6 +100,32 @@ class Moved(Event, frozen=True, kw_only=True):
         return f"{self.name} moves from stage {self.origin} to stage {self.stage}"
 
 
+class Redivided(Event, frozen=True, kw_only=True):
+    """A new plan divides the layers into other stages than the round was committed in that it starts from."""
+
+    generation: int
+    before: tuple[tuple[int, int], ...]  # layers [first, last) of each stage
+    after: tuple[tuple[int, int], ...]
+    why: str
+
+    @property
+    def text(self) -> str:
+        cut = ", ".join(f"{first}-{last - 1}" for first, last in self.after)
+        how = f"into {len(self.after)} stages" if len(self.after) > 1 else "into one stage"
+        return f"The layers are divided anew, {how} where there were {len(self.before)} ({cut}): {self.why}"
+
+
+class DivisionFailed(Event, frozen=True, kw_only=True):
+    """Not everybody could take over its new stage: the round stays as it was committed, nothing is lost."""
+
+    generation: int
+    why: str
+
+    @property
+    def text(self) -> str:
+        return f"The new division has not come about ({self.why}): going on from the stages before it"
+
+
 class Waiting(Event, frozen=True, kw_only=True):
     why: str
 

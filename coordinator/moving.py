@@ -13,7 +13,7 @@ from dataclasses import replace
 from . import events as ev
 from .assignment import Offer, relief
 from .losses import Losses
-from .planning import is_ready, newcomers, prospects
+from .planning import committed_point, is_ready, newcomers, prospects
 from .state import Move, Rules, RunState
 
 AT_REST = 0.5  # of the memory that a stage needs to train: its state (inventory.py) against weights, gradients, copies
@@ -27,7 +27,7 @@ def best_move(rules: Rules, state: RunState, only: Move | None = None) -> Move |
     plan = state.plan
     if plan is None or state.phase != "training" or state.committed.kind != "round":
         return None
-    members, needs = state.members, rules.needs
+    members, needs = state.members, rules.division(len(plan.stages)).needs
     offers = {p: Offer(speed=m.speed, memory_gb=m.memory_gb) for p, m in members.items()}
     placed = [{r.peer for r in replicas} for replicas in plan.replicas]
     for peer, stage in newcomers(rules, state, {}).items():
@@ -95,7 +95,7 @@ class Moves(Losses):
         who is to move is ready, and no newcomer about to be."""
         plan, move = self.state.plan, self.state.move
         assert plan is not None
-        smallest = min(need.memory_gb for need in self.rules.needs)
+        smallest = min(need.memory_gb for need in self.rules.division(len(plan.stages)).needs)
         new = {
             p: m
             for p, m in self.state.members.items()
@@ -108,8 +108,7 @@ class Moves(Losses):
         stages, members = prospects(self.rules, self.state), self.state.members
 
         def has_stage(peer: str) -> bool:
-            point = self.state.committed.savepoint(stages[peer], self.rules.layers[stages[peer]])
-            return is_ready(members[peer], point)
+            return is_ready(members[peer], committed_point(self.rules, self.state, stages[peer]))
 
         late = self.now - self.state.last_join >= self.rules.prepare_seconds
         if new:

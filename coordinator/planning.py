@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..protocol.plan import Plan, SavePoint, StagePlan
-from .assignment import Offer, assign
-from .state import Mark, Member, Rules, RunState
+from ..protocol.plan import Plan, Replica, SavePoint, StagePlan
+from .assignment import MOVE_GAIN, Offer, assign, slowest
+from .state import Division, Mark, Member, Rules, RunState
 
 BEGINNING = Mark(kind="init", generation=0, step=0, sample=0)
 MOST_PAUSE_SECONDS = 30.0
@@ -15,9 +15,10 @@ MOST_PAUSE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Start:
-    """A generation can begin at ``mark`` with these peers of every stage."""
+    """A generation can begin at ``mark`` with these layers and peers of every stage."""
 
     mark: Mark
+    layers: tuple[tuple[int, int], ...]
     seats: list[list[str]]
 
 
@@ -66,7 +67,7 @@ def choose_among(rules: Rules, state: RunState, now: float) -> Start | Wait:
     if any(m.away is not None for m in state.members.values()):
         return Wait("a worker's line broke: it has a moment to dial again")
     free = {p: m for p, m in state.members.items() if not m.leaving}
-    wanted = max(len(rules.layers), rules.wait_for if state.generation == 0 else 0)
+    wanted = max(len(rules.divisions[0].layers), rules.wait_for if state.generation == 0 else 0)
     if len(free) < wanted:
         missing = wanted - len(free)
         return Wait(f"{missing} more worker{'s' if missing > 1 else ''} must join")
@@ -77,43 +78,98 @@ def choose_among(rules: Rules, state: RunState, now: float) -> Start | Wait:
     patient = now - max(state.since, state.last_join) <= rules.patience_seconds
     if state.stop:
         if holds_stop(rules, state, state.stop):
-            return Start(state.stop, [list(peers) for peers in state.stop.holders])
+            layers = rules.division(state.stop.stages).layers
+            return Start(state.stop, layers, [list(peers) for peers in state.stop.holders])
         if patient:
             return Wait("the workers that saved the run's last steps must come back")
-    for mark in (state.committed, *state.marks):
+    for mark in known_marks(state):
         held = holders(rules, state, mark)
         if all(held) or mark.kind == "init":
-            return seated(rules, state, mark, held)
+            return seated(rules, state, mark, held, not in_haste and (patient or now < state.whole_until))
         if patient:
             gap = next(i for i, peers in enumerate(held) if not peers)
             return Wait(f"nobody here holds stage {gap} as of step {mark.step}: its workers must come back")
-    return seated(rules, state, BEGINNING, [[] for _ in rules.layers])
+    return seated(rules, state, BEGINNING, [], patient)
 
 
-def seated(rules: Rules, state: RunState, mark: Mark, held: list[list[str]]) -> Start | Wait:
-    """Peers assigned to the stages, at home with what they hold."""
-    wanted = [mark.savepoint(i, layers) for i, layers in enumerate(rules.layers)]
+def known_marks(state: RunState) -> tuple[Mark, ...]:
+    """The committed rounds, newest first; that one is there twice, in its new stages and the old ones, until another
+    follows it."""
+    return (state.committed, *([state.undivided] if state.undivided else []), *state.marks)
+
+
+def seated(rules: Rules, state: RunState, mark: Mark, held: list[list[str]], patient: bool) -> Start | Wait:
+    """Peers assigned to the stages, at home with what they hold.
+
+    The layers stay divided as they are, unless they are to be divided anew, or nobody can hold one of these stages and
+    those who could were waited for (``patient``).
+    """
     free = {p: m for p, m in state.members.items() if not m.leaving}
-    homes = homes_of(free, wanted)
+    own, wish = rules.division(mark.stages), state.redivide
+    divisions = [own]
+    if mark.kind == "init":
+        divisions = [best_division(rules, free.values()) or own]
+    elif wish is not None and wish.begun and mark == state.committed:
+        divisions = [rules.division(wish.stages), own]
+    for division in divisions:
+        if (seats := seats_of(rules, free, division, mark, held)) is not None:
+            return Start(mark, division.layers, seats)
+    worst = max(need.memory_gb for need in own.needs)
+    offered = max(member.memory_gb for member in free.values())
+    if not patient and (other := best_division(rules, free.values())) is not None:
+        seats = seats_of(rules, free, other, mark, held)
+        assert seats is not None
+        return Start(mark, other.layers, seats)
+    if (missing := len(own.needs) - len(free)) > 0:
+        return Wait(f"{missing} more worker{'s' if missing > 1 else ''} must join: there are {len(own.needs)} stages")
+    more = "" if len(rules.divisions) > 1 else ", or the run needs more pipeline.stages"
+    return Wait(
+        f"a stage needs {worst:.3g} GB and the largest worker offers {offered:.3g} GB:"
+        f" more or larger workers must join{more}"
+    )
+
+
+def seats_of(
+    rules: Rules, free: Mapping[str, Member], division: Division, mark: Mark, held: list[list[str]]
+) -> list[list[str]] | None:
+    """Who sits at each stage; None if one cannot be held."""
+    own = rules.division(mark.stages)
+    homes = homes_of(free, mark.savepoints(own))
+    is_kept = division is own or mark.kind == "init"
+    if not is_kept:
+        homes = {peer: nearest(own.layers[stage], division) for peer, stage in homes.items()}
     offers = {
         peer: Offer(
             speed=member.speed,
             memory_gb=member.memory_gb,
             home=homes.get(peer),
-            keeps=frozenset(i for i, peers in enumerate(held) if peer in peers),
+            keeps=frozenset(i for i, peers in enumerate(held) if is_kept and peer in peers),
         )
         for peer, member in free.items()
     }
     # Who moves now is waited for by everybody; later it gets ready beside its work (moving.py).
-    seats = assign(rules.needs, offers, moves=mark.kind == "init" or not rules.prepare_seconds)
-    if seats is None:
-        worst = max(need.memory_gb for need in rules.needs)
-        offered = max(offer.memory_gb for offer in offers.values())
-        return Wait(
-            f"a stage needs {worst:.3g} GB and the largest worker offers {offered:.3g} GB:"
-            " more or larger workers must join, or the run needs more pipeline.stages"
-        )
-    return Start(mark, seats)
+    moves = mark.kind == "init" or not rules.prepare_seconds or not is_kept
+    return assign(division.needs, offers, moves=moves)
+
+
+def nearest(layers: tuple[int, int], division: Division) -> int:
+    """The stage that has most of these layers."""
+    first, last = layers
+    shared = [min(last, b) - max(first, a) for a, b in division.layers]
+    return shared.index(max(shared))
+
+
+def best_division(rules: Rules, members: Collection[Member]) -> Division | None:
+    """The fewest stages that these peers can hold: fewer boundaries are fewer bytes; more of them where that makes the
+    slowest stage clearly faster. None if they can hold none."""
+    offers = {m.peer: Offer(speed=m.speed, memory_gb=m.memory_gb) for m in members}
+    if len(rules.divisions) == 1:
+        return rules.divisions[0] if assign(rules.divisions[0].needs, offers) is not None else None
+    best, least = None, float("inf")
+    for division in rules.divisions:
+        if (seconds := slowest(division.needs, offers)) < MOVE_GAIN * least:
+            best, least = division, seconds
+    return best
 
 
 def homes_of(members: Mapping[str, Member], points: Sequence[SavePoint]) -> dict[str, int]:
@@ -155,16 +211,22 @@ def newcomers(rules: Rules, state: RunState, moved: dict[str, int]) -> dict[str,
     free = {p: m for p, m in state.members.items() if not m.leaving}
     if free.keys() <= plan.peers:
         return {}
-    homes = homes_of(free, [state.committed.savepoint(i, layers) for i, layers in enumerate(rules.layers)])
+    division = rules.division(len(plan.stages))
+    homes = homes_of(free, state.committed.savepoints(division))
     homes |= {p: stage for p, (stage, _) in plan.places.items()} | moved
     offers = {p: Offer(speed=m.speed, memory_gb=m.memory_gb, home=homes.get(p)) for p, m in free.items()}
-    seats = assign(rules.needs, offers, moves=not rules.prepare_seconds) or []
+    seats = assign(division.needs, offers, moves=not rules.prepare_seconds) or []
     return {p: i for i, peers in enumerate(seats) for p in peers if p not in plan.peers}
+
+
+def committed_point(rules: Rules, state: RunState, stage: int) -> SavePoint:
+    """The newest committed round of a stage, while a generation trains."""
+    return state.committed.savepoint(stage, rules.division(state.committed.stages).layers[stage])
 
 
 def holds_stop(rules: Rules, state: RunState, mark: Mark) -> bool:
     """Whether every peer of a stop is back with its own part."""
-    for peers, layers in zip(mark.holders, rules.layers, strict=True):
+    for peers, layers in zip(mark.holders, rules.division(mark.stages).layers, strict=True):
         for peer in peers:
             member = state.members.get(peer)
             wanted = ("step", mark.generation, mark.step, *layers)
@@ -175,9 +237,8 @@ def holds_stop(rules: Rules, state: RunState, mark: Mark) -> bool:
 
 def holders(rules: Rules, state: RunState, mark: Mark) -> list[list[str]]:
     """Of each stage, the peers (leaving ones too) that hold its state at a committed round; if none, its keepers."""
-    found = []
-    for i, layers in enumerate(rules.layers):
-        wanted, members = mark.savepoint(i, layers), sorted(state.members.items())
+    found, members = [], sorted(state.members.items())
+    for wanted in mark.savepoints(rules.division(mark.stages)) if mark.digests else ():
         trained = [p for p, m in members if wanted in m.savepoints]
         found.append(trained or [p for p, m in members if wanted in m.held])
     return found
@@ -189,10 +250,26 @@ def name(point: SavePoint) -> tuple[str, int, int, int, int]:
 
 def make_plan(rules: Rules, state: RunState, start: Start) -> Plan:
     """The next generation's plan."""
-    mark, members = start.mark, state.members
+    mark, members, own = start.mark, state.members, rules.division(start.mark.stages).layers
     held = start.seats if mark.kind == "step" else holders(rules, state, mark)
     seated = {peer for peers in start.seats for peer in peers}
     held = [[p for p in peers if p in seated] or peers for peers in held]  # who is left out gives only what nobody has
+
+    def replicas(peers: Sequence[str]) -> tuple[Replica, ...]:
+        return tuple(members[p].replica for p in peers)
+
+    digests = mark.digests or (b"",) * len(held)
+    origins = tuple(
+        StagePlan(first_layer=first, last_layer=last, replicas=(), donors=replicas(donors), digest=digest)
+        for (first, last), donors, digest in zip(own if held else (), held, digests, strict=True)
+    )
+    stages = tuple(
+        StagePlan(first_layer=first, last_layer=last, replicas=replicas(peers))
+        for (first, last), peers in zip(start.layers, start.seats, strict=True)
+    )
+    is_divided = bool(origins) and start.layers != own
+    if origins and not is_divided:
+        stages = tuple(replace(o, replicas=s.replicas) for o, s in zip(origins, stages, strict=True))
     return Plan(
         generation=state.generation + 1,
         first_step=mark.step,
@@ -201,14 +278,6 @@ def make_plan(rules: Rules, state: RunState, start: Start) -> Plan:
         origin_generation=mark.generation,
         microbatches=rules.microbatches,
         microbatch_size=rules.microbatch_size,
-        stages=tuple(
-            StagePlan(
-                first_layer=first,
-                last_layer=last,
-                replicas=tuple(members[p].replica for p in peers),
-                donors=tuple(members[p].replica for p in donors),
-                digest=mark.digests[i] if mark.kind == "round" else b"",
-            )
-            for i, ((first, last), peers, donors) in enumerate(zip(rules.layers, start.seats, held, strict=True))
-        ),
+        stages=stages,
+        parts=origins if is_divided else (),
     )

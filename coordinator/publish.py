@@ -76,11 +76,11 @@ class Publisher:
         corpus: Path,
         config: RunConfig,
         manifest: Manifest,
-        layers: tuple[tuple[int, int], ...],
         done: Callable[[int, Path], Awaitable[None]],
     ) -> None:
         self.folder, self.corpus, self.config, self.manifest = folder, corpus, config, manifest
-        self.layers, self._done = layers, done
+        self._done = done
+        self.layers: tuple[tuple[int, int], ...] = ()  # of the stages that are being collected
         self._arrived: set[int] = set()
         self._current = (-1, -1)  # step and generation of the uploads being collected
         self.trouble: tuple[int, str] | None = None  # the step that could not be written, and why
@@ -92,15 +92,15 @@ class Publisher:
         count = stage_parameters(first, last, model.layers, d_model=model.d_model, vocab_size=self.manifest.vocab_size)
         return 4 * count + HEADER_LIMIT
 
-    def begin(self, step: int, generation: int) -> None:
-        """Uploads of ``step`` from this generation's replicas come in; what others left unfinished is gone."""
+    def begin(self, step: int, generation: int, layers: tuple[tuple[int, int], ...]) -> None:
+        """Uploads of ``step`` from the stages of this generation come in; what others left unfinished is gone."""
         if self._current != (step, generation):
             self.drop()
-            self._current = (step, generation)
+            self._current, self.layers = (step, generation), layers
 
-    async def resume(self, step: int, generation: int) -> None:
+    async def resume(self, step: int, generation: int, layers: tuple[tuple[int, int], ...]) -> None:
         """Goes on where a coordinator that was killed stood: what has arrived is not sent again."""
-        self._current = (step, generation)
+        self._current, self.layers = (step, generation), layers
         self._arrived = {i for i in range(len(self.layers)) if (self._work(step) / self.file(i)).exists()}
         await self._finish(step)
 

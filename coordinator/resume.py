@@ -43,6 +43,12 @@ class Crew(Struct, frozen=True, kw_only=True):
     peers: tuple[Peer, ...]
 
 
+class Divided(Struct, frozen=True, kw_only=True):
+    generation: int
+    step: int
+    digests: tuple[str, ...]
+
+
 class Course(Struct, frozen=True, kw_only=True):
     phase: Literal["preparing", "training", "finishing"]
     note: str
@@ -63,9 +69,18 @@ def keep(before: RunState, after: RunState) -> list[Keep]:
     course = course_of(after)
     if course != course_of(before):
         values["course"] = msgspec.to_builtins(course)
+    if after.undivided is not before.undivided:
+        values["divided"] = divided_of(after)
     if (unaware := unaware_of(after)) != unaware_of(before):
         values["unaware"] = unaware
     return [Keep(values=values)] if values else []
+
+
+def divided_of(state: RunState) -> dict[str, object] | None:
+    """The last committed round in the stages that its layers were divided into since."""
+    mark = state.committed
+    divided = Divided(generation=mark.generation, step=mark.step, digests=tuple(d.hex() for d in mark.digests))
+    return msgspec.to_builtins(divided) if state.undivided else None
 
 
 def unaware_of(state: RunState) -> dict[str, float]:
@@ -119,6 +134,10 @@ def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
     try:
         unaware = msgspec.convert(store.meta("unaware", {}), dict[str, float])
         state = replace(state, unaware=unaware)
+        divided, last = msgspec.convert(store.meta("divided"), Divided | None), state.committed
+        if divided is not None and (divided.generation, divided.step) == (last.generation, last.step):
+            digests = tuple(map(bytes.fromhex, divided.digests))
+            state = replace(state, committed=replace(last, digests=digests), undivided=last)
         crew = msgspec.convert(store.meta("crew"), Crew | None)
         course = msgspec.convert(store.meta("course"), Course | None)
         if crew is None or course is None:

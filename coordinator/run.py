@@ -22,8 +22,8 @@ from ..protocol import control_pb2 as pb
 from ..protocol.failpoints import failpoint
 from ..protocol.plan import Plan
 from . import events as ev
+from .dividing import Dividing
 from .losses import short_of_quorum
-from .moving import Moves
 from .planning import Start, Wait, choose, make_plan
 from .state import (
     Command,
@@ -73,7 +73,7 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
     return turn.state, turn.commands
 
 
-class Machine(Moves):
+class Machine(Dividing):
     """Decides what follows from the state."""
 
     def advance(self) -> None:
@@ -103,8 +103,9 @@ class Machine(Moves):
             self.stopped()
         elif any(self.state.members[p].leaving for p in plan.peers if p in self.state.members):
             self.abort("a worker leaves before it began")
-        elif all(self.state.members[p].ready == plan.generation for p in plan.peers):
+        elif all(self.state.members[p].ready == plan.generation for p in plan.peers) and self.is_agreed(plan):
             self.go_back(plan)
+            self.found(plan)
             self.journal(ev.TrainingStarted(generation=plan.generation, step=plan.first_step))
             self.forget_stop()  # what is leased from here on goes beyond it
             self.set(publish=0 if self.state.published < 0 and plan.origin == "init" else self.state.publish)
@@ -129,6 +130,7 @@ class Machine(Moves):
         self.journal(ev.RolledBack(step=mark.step, why="nobody holds a newer state of every stage"))
         self.set(
             committed=mark,
+            undivided=None,
             marks=tuple(m for m in state.marks if m.step < mark.step),
             publish=None if (state.publish or 0) > mark.step else state.publish,
             evaluated=min(state.evaluated, mark.step),  # what is trained anew is evaluated and charted anew
@@ -147,8 +149,11 @@ class Machine(Moves):
             members = self.state.members
             if self.state.stop_asked:
                 self.close("save")
-            elif any(members[p].leaving for p in plan.peers if p in members) or (self.settled() and self.are_due()):
-                self.close("round")
+            else:
+                leaves = any(members[p].leaving for p in plan.peers if p in members)
+                wish = self.state.redivide
+                if leaves or (wish is not None and wish.begun) or (self.settled() and self.are_due()):
+                    self.close("round")
         self.grant()
         if self.state.closing == "save" and all(self.has_stop(p) for p in plan.peers):
             assert self.state.end is not None
@@ -259,7 +264,7 @@ class Machine(Moves):
         )
         self.commands.append(command)
         for i, replicas in enumerate(plan.replicas):
-            point = mark.savepoint(i, self.rules.layers[i])
+            point = mark.savepoint(i, plan.layers[i])
             for replica in replicas:
                 if member := self.state.members.get(replica.peer):
                     rounds = {s for s in member.savepoints if s.kind == "round" and s.step < mark.step}
@@ -267,9 +272,11 @@ class Machine(Moves):
                     # A faster stage may have saved its stop before this round came in.
                     stops = {s for s in member.savepoints if s.kind == "step" and s.generation == plan.generation}
                     self.member(replace(member, savepoints=frozenset({*newest, *stops, point})))
-        older = (state.committed, *state.marks) if state.committed.step else state.marks
+        last = state.undivided or state.committed  # as it is on the disk
+        older = (last, *state.marks) if last.step else state.marks
         self.set(
             committed=mark,
+            undivided=None,
             marks=older[:KEPT_MARKS],
             rounds=state.rounds + 1,
             leased_at={at: max(t, self.now + self.rules.lease_seconds) for at, t in state.leased_at.items()},
@@ -298,6 +305,7 @@ class Machine(Moves):
             return
         if self.state.phase == "training":
             self.journal(ev.RolledBack(step=self.state.committed.step, why=why))
+        self.undivide(why)
         self.commands.append(ReturnLeases(reason=why))
         self.forget_stop()
         self.replan(why)
@@ -359,7 +367,7 @@ class Machine(Moves):
             self.member(replace(member, step=mark.step, ready=0, prepared=prepared, missed=""))
         self.set(generation=plan.generation, plan=plan, until=mark.step, end=None, closing="", leased_at={})
         self.set(keeping=keeping(self.rules, plan))
-        self.moved()
+        self.planned(plan)
         # What is trained anew is evaluated and charted anew; an older mark counts once everybody is ready.
         kept = max(mark.step, state.committed.step)
         self.set(evaluated=min(state.evaluated, kept), charted=min(state.charted, kept))

@@ -23,7 +23,7 @@ from ..protocol.config import RunConfig
 from ..protocol.errors import ConfigError, IdentityError, StateError
 from ..protocol.identity import lock
 from ..protocol.manifest import TOKENS_FILE, Manifest
-from ..protocol.plan import split_layers, stage_parameters
+from ..protocol.plan import Shape
 from ..protocol.ticket import Ticket
 from ..protocol.tls import Certificate, join_address, start_server
 from . import corpus, web
@@ -34,7 +34,7 @@ from .events import RunOpened
 from .hub import Hub
 from .publish import Publisher
 from .resume import resumed
-from .state import Journal, Mark, Rules, RunState, Unpublished, Uploaded
+from .state import Division, Journal, Mark, Rules, RunState, Unpublished, Uploaded
 from .store import Store
 
 log = logging.getLogger(__name__)
@@ -49,19 +49,22 @@ LAST_LOOK_SECONDS = 1.0  # that the page shows how it ended
 def rules_of(config: RunConfig, manifest: Manifest) -> Rules:
     """What the state machine needs to know of a run."""
     model = config.model
-    layers = split_layers(model.layers, config.pipeline.stages, d_model=model.d_model, vocab_size=manifest.vocab_size)
-    needs = []
-    for first, last in layers:
-        n = stage_parameters(first, last, model.layers, d_model=model.d_model, vocab_size=manifest.vocab_size)
+    shape = Shape.of(model, manifest.vocab_size)
+
+    def need(first: int, last: int) -> StageNeed:
         work = (last - first) * 12 * model.d_model**2
         work += model.d_model * manifest.vocab_size if last == model.layers else 0
-        needs.append(StageNeed(work=work, memory_gb=n * BYTES_PER_PARAMETER / GIGABYTE))
+        return StageNeed(work=work, memory_gb=shape.size(first, last) * BYTES_PER_PARAMETER / GIGABYTE)
+
+    divisions = (
+        Division(layers=tuple(layers), needs=tuple(need(*stage) for stage in layers))
+        for layers in shape.splits(config.pipeline.counts(model.layers))
+    )
     return Rules(
         name=config.name,
         seed=config.seed,
         steps=config.steps,
-        layers=tuple(layers),
-        needs=tuple(needs),
+        divisions=tuple(divisions),
         microbatches=config.pipeline.microbatches,
         microbatch_size=config.pipeline.microbatch_size,
         sync=config.sync.resolved(),
@@ -143,7 +146,7 @@ async def _running(
         board.publish(path.name)
         hub.put(Uploaded(step=step, path=str(path)))
 
-    publisher = Publisher(data_dir / "checkpoints", folder, config, manifest, rules.layers, published)
+    publisher = Publisher(data_dir / "checkpoints", folder, config, manifest, published)
     doors = Doors(
         hub,
         run_id=run_id,
@@ -183,7 +186,7 @@ async def _running(
     await hub.read(store.write, [Journal(event=opened)], hub.clock())
     if state.plan and state.publish is not None:
         try:
-            await publisher.resume(state.publish, state.plan.generation)
+            await publisher.resume(state.publish, state.plan.generation, state.plan.layers)
         except StateError as error:
             hub.put(Unpublished(step=state.publish, why=str(error)))
     await hub.start()

@@ -17,14 +17,21 @@ Phase = Literal["waiting", "preparing", "training", "finishing", "finished", "st
 
 
 @dataclass(frozen=True, kw_only=True)
+class Division:
+    """A cut of the layers into stages, and what each of those needs. There is one for each number of stages."""
+
+    layers: tuple[tuple[int, int], ...]  # of each stage, [first, last)
+    needs: tuple[StageNeed, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """What the configuration fixes for the whole run."""
 
     name: str
     seed: int
     steps: int
-    layers: tuple[tuple[int, int], ...]  # of each stage, [first, last)
-    needs: tuple[StageNeed, ...]
+    divisions: tuple[Division, ...]  # that the run may have, fewest stages first
     microbatches: int
     microbatch_size: int
     sync: Sync
@@ -42,6 +49,16 @@ class Rules:
     prepare_seconds: float = 0.0  # that newcomers may take to fetch their stage, before they are seated without it
     move_seconds: float = 60.0  # that a stage stays thin, before somebody gets ready to move to it
     keepers: int = 0  # peers that keep a redo log of each stage
+    divide_seconds: float = 300.0  # that another division stays clearly better, before the layers are divided anew
+
+    def division(self, stages: int) -> Division:
+        """The one with so many stages, or the first one if there is none."""
+        return next((d for d in self.divisions if len(d.layers) == stages), self.divisions[0])
+
+    @property
+    def smallest_gb(self) -> float:
+        """What a peer must offer at least to be of any use."""
+        return min(need.memory_gb for division in self.divisions for need in division.needs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +81,7 @@ class Member:
     away: float | None = None  # its line broke: until when it is waited for
     missed: str = ""  # who could not reach it meanwhile: what was sent to it is lost
     ready: int = 0  # generation it is ready for
+    digest: bytes = b""  # of the reference weights it is ready with
     step: int = 0  # steps done in the current generation
     state: str = "waiting"
     busy: float | None = 0.0  # since when it waits for nobody, as of its heartbeats; None: it waits
@@ -86,6 +104,15 @@ class Mark:
     sample: int
     digests: tuple[bytes, ...] = ()
     holders: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def stages(self) -> int:
+        """In how many stages its layers were divided; 0 for a run's beginning, which can be divided in any way."""
+        return len(self.digests or self.holders)
+
+    def savepoints(self, division: Division) -> list[SavePoint]:
+        """What peers must hold to start each stage from this committed round."""
+        return [self.savepoint(i, layers) for i, layers in enumerate(division.layers)]
 
     def savepoint(self, stage: int, layers: tuple[int, int]) -> SavePoint:
         """What a peer must hold to start ``stage`` from this committed round."""
@@ -121,6 +148,16 @@ class Move:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Redivide:
+    """The layers are to be divided into so many stages: as soon as that was better for long, or (``begun``) now."""
+
+    stages: int
+    since: float
+    why: str
+    begun: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunState:
     """Everything the coordinator decides from. Replaced, never changed."""
 
@@ -134,6 +171,7 @@ class RunState:
     end: int | None = None
     closing: Literal["", "round", "save"] = ""
     committed: Mark = Mark(kind="init", generation=0, step=0, sample=0)
+    undivided: Mark | None = None  # the same, as the stages held it whose layers were divided anew since
     marks: tuple[Mark, ...] = ()  # older committed rounds, newest first
     stop: Mark | None = None
     rounds: int = 0
@@ -154,6 +192,9 @@ class RunState:
     rounds_done: Mapping[int, Mapping[str, pb.RoundDone]] = field(default_factory=dict)
     evals: Mapping[int, Mapping[str, pb.EvalDone]] = field(default_factory=dict)
     move: Move | None = None
+    redivide: Redivide | None = None
+    looked: float = 0.0  # when divisions were compared last
+    whole_until: float = 0.0  # a division failed: until then the layers stay as they are
     slow: frozenset[str] = frozenset()  # who was to move and did not get ready in time
     keeping: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # peer -> others' stages, by the newest plan
 

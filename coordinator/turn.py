@@ -10,6 +10,7 @@ from ..protocol import control_pb2 as pb
 from ..protocol.errors import WireError
 from ..protocol.plan import SavePoint
 from . import events as ev
+from .planning import known_marks
 from .state import Command, Dismiss, Journal, Member, Point, Rules, RunState
 
 TRANSFER_LEASES = 30  # leases' time that taking over a stage, or publishing it, may take
@@ -46,6 +47,10 @@ class Turn(ABC):
     def consider_move(self) -> None:
         """Somebody may have to go to a stage that has become thin."""
 
+    @abstractmethod
+    def consider_division(self) -> None:
+        """The layers may have to be divided anew."""
+
     # What comes in.
 
     def joined(self, member: Member) -> None:
@@ -63,7 +68,7 @@ class Turn(ABC):
                 "Give this one a key of its own: --data-dir",
             )
             return
-        smallest = min(need.memory_gb for need in self.rules.needs)
+        smallest = self.rules.smallest_gb
         if member.memory_gb < smallest:
             self.dismiss(
                 member,
@@ -145,17 +150,16 @@ class Turn(ABC):
                 getattr(self, body)(self.state.members[peer], message)
 
     def ready(self, member: Member, message: pb.Ready) -> None:
-        self.member(replace(member, ready=message.generation))
+        self.member(replace(member, ready=message.generation, digest=message.digest))
 
     def took_over(self, member: Member, message: pb.Ready) -> None:
         """What a peer got from a donor, it holds from now on, even if the donor is lost before the plan begins."""
         plan = self.state.plan
         if plan and plan.origin == "step" and plan.generation == message.generation:
             return
-        for mark in (self.state.committed, *self.state.marks):
-            for stage, digest in enumerate(mark.digests):
-                if digest == message.digest:
-                    point = mark.savepoint(stage, self.rules.layers[stage])
+        for mark in known_marks(self.state):
+            for point in mark.savepoints(self.rules.division(mark.stages)) if mark.digests else ():
+                if point.digest == message.digest:
                     self.member(replace(member, savepoints=member.savepoints | {point}))
                     return
 
@@ -276,6 +280,7 @@ class Turn(ABC):
         if self.state.phase == "training":
             self.look_for_hangs()
             self.consider_move()
+            self.consider_division()
 
     # Small change.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 from ..protocol import control_pb2 as pb
 from ..protocol.keepers import all_keepers
 from ..protocol.plan import Plan
-from .planning import prospects
+from .planning import committed_point, prospects
 from .state import Mark, Rules, RunState
 from .turn import released
 
@@ -16,7 +18,7 @@ def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
     """What this peer should know now; everything it does follows from its newest view."""
     plan = state.plan
     coming = prospects(rules, state)
-    at = coming.get(peer)
+    at, layers = coming.get(peer), plan.layers if plan else ()
     place = plan.places.get(peer) if plan else None
     return pb.View(
         phase=state.phase,
@@ -30,12 +32,10 @@ def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
         publishing=state.publish is not None,
         released=released(state, peer),
         keep=[
-            pb.Keep(stage=stage, rounds=[m.savepoint(stage, rules.layers[stage]).to_proto() for m in newest(state)])
-            for stage in state.keeping.get(peer, ())
+            pb.Keep(stage=stage, rounds=[m.savepoint(stage, layers[stage]).to_proto() for m in newest(state)])
+            for stage in (state.keeping.get(peer, ()) if layers else ())
         ],
-        prospect=None
-        if at is None
-        else pb.Prospect(stage=at, point=state.committed.savepoint(at, rules.layers[at]).to_proto()),
+        prospect=None if at is None else pb.Prospect(stage=at, point=committed_point(rules, state, at).to_proto()),
         guests=[
             pb.Replica(peer=p, addresses=state.members[p].addresses)
             for p, stage in sorted(coming.items())
@@ -51,8 +51,12 @@ def keeping(rules: Rules, plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 def newest(state: RunState) -> list[Mark]:
-    """The last committed rounds, newest first: a keeper that hears only now and then misses none of them."""
-    marks = [state.committed, *state.marks][:TOLD_MARKS]
-    if len(marks) < TOLD_MARKS and marks[-1].step:
+    """The last committed rounds of the plan's stages, newest first: a keeper that hears only now and then misses none.
+
+    What was before the layers were divided anew, none of these stages' rounds leads on from.
+    """
+    stages = len(state.plan.stages) if state.plan else 0
+    marks = list(itertools.takewhile(lambda m: m.stages in (0, stages), [state.committed, *state.marks][:TOLD_MARKS]))
+    if 0 < len(marks) == 1 + len(state.marks) < TOLD_MARKS and marks[-1].step:
         marks.append(Mark(kind="init", generation=0, step=0, sample=0))
     return marks

@@ -161,7 +161,7 @@ class Lost(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., since: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("generation", "first_step", "first_sample", "origin", "origin_generation", "stages", "microbatches", "microbatch_size", "lost", "void")
+    __slots__ = ("generation", "first_step", "first_sample", "origin", "origin_generation", "stages", "microbatches", "microbatch_size", "lost", "void", "parts")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
     FIRST_SAMPLE_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +172,7 @@ class Plan(_message.Message):
     MICROBATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
     VOID_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     first_step: int
     first_sample: int
@@ -182,7 +183,8 @@ class Plan(_message.Message):
     microbatch_size: int
     lost: _containers.RepeatedCompositeFieldContainer[Lost]
     void: int
-    def __init__(self, generation: _Optional[int] = ..., first_step: _Optional[int] = ..., first_sample: _Optional[int] = ..., origin: _Optional[str] = ..., origin_generation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., microbatches: _Optional[int] = ..., microbatch_size: _Optional[int] = ..., lost: _Optional[_Iterable[_Union[Lost, _Mapping]]] = ..., void: _Optional[int] = ...) -> None: ...
+    parts: _containers.RepeatedCompositeFieldContainer[Stage]
+    def __init__(self, generation: _Optional[int] = ..., first_step: _Optional[int] = ..., first_sample: _Optional[int] = ..., origin: _Optional[str] = ..., origin_generation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., microbatches: _Optional[int] = ..., microbatch_size: _Optional[int] = ..., lost: _Optional[_Iterable[_Union[Lost, _Mapping]]] = ..., void: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ...) -> None: ...
 
 class View(_message.Message):
     __slots__ = ("phase", "note", "plan", "until", "end", "closing", "committed", "publish", "publishing", "released", "prospect", "guests", "keep")

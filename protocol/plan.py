@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from . import control_pb2 as pb
+from .config import ModelConfig
 from .errors import WireError
 
 OriginKind = Literal["init", "round", "step"]
@@ -99,6 +101,12 @@ class Plan:
     microbatch_size: int
     lost: tuple[Lost, ...] = ()
     void: int = 0
+    parts: tuple[StagePlan, ...] = ()  # the stages of the starting state where the layers were divided otherwise
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """[first, last) of every stage."""
+        return tuple((s.first_layer, s.last_layer) for s in self.stages)
 
     @property
     def attempt(self) -> int:
@@ -187,6 +195,18 @@ class Plan:
         def replicas(items: tuple[Replica, ...]) -> list[pb.Replica]:
             return [pb.Replica(peer=r.peer, addresses=r.addresses) for r in items]
 
+        def stages(items: tuple[StagePlan, ...]) -> list[pb.Stage]:
+            return [
+                pb.Stage(
+                    first_layer=s.first_layer,
+                    last_layer=s.last_layer,
+                    replicas=replicas(s.replicas),
+                    donors=replicas(s.donors),
+                    digest=s.digest,
+                )
+                for s in items
+            ]
+
         return pb.Plan(
             generation=self.generation,
             first_step=self.first_step,
@@ -197,16 +217,8 @@ class Plan:
             microbatch_size=self.microbatch_size,
             lost=[pb.Lost(peer=x.peer, since=x.since) for x in self.lost],
             void=self.void,
-            stages=[
-                pb.Stage(
-                    first_layer=s.first_layer,
-                    last_layer=s.last_layer,
-                    replicas=replicas(s.replicas),
-                    donors=replicas(s.donors),
-                    digest=s.digest,
-                )
-                for s in self.stages
-            ],
+            stages=stages(self.stages),
+            parts=stages(self.parts),
         )
 
     @classmethod
@@ -222,6 +234,18 @@ class Plan:
         def replicas(items: object) -> tuple[Replica, ...]:
             return tuple(Replica(peer=r.peer, addresses=tuple(r.addresses)) for r in items)  # type: ignore[attr-defined]
 
+        def stages(items: Iterable[pb.Stage]) -> tuple[StagePlan, ...]:
+            return tuple(
+                StagePlan(
+                    first_layer=s.first_layer,
+                    last_layer=s.last_layer,
+                    replicas=replicas(s.replicas),
+                    donors=replicas(s.donors),
+                    digest=bytes(s.digest),
+                )
+                for s in items
+            )
+
         plan = cls(
             generation=message.generation,
             first_step=message.first_step,
@@ -232,47 +256,58 @@ class Plan:
             microbatch_size=message.microbatch_size,
             lost=tuple(Lost(peer=x.peer, since=x.since) for x in message.lost),
             void=message.void,
-            stages=tuple(
-                StagePlan(
-                    first_layer=s.first_layer,
-                    last_layer=s.last_layer,
-                    replicas=replicas(s.replicas),
-                    donors=replicas(s.donors),
-                    digest=bytes(s.digest),
-                )
-                for s in message.stages
-            ),
+            stages=stages(message.stages),
+            parts=stages(message.parts),
         )
+        same_end = not plan.parts or plan.parts[-1].last_layer == plan.stages[-1].last_layer
+        if plan.parts and not (same_end and is_whole(plan.parts) and is_whole(plan.stages)):
+            raise WireError("a plan whose stages cannot be made of those before it")
         if not all(plan.replicas):
             raise WireError("a plan that has lost every replica of a stage")
         return plan
 
 
+def is_whole(stages: tuple[StagePlan, ...]) -> bool:
+    """Whether the layers are divided without gap or overlap."""
+    ends = [0, *(s.last_layer for s in stages)]
+    return bool(stages) and all(s.first_layer == end < s.last_layer for s, end in zip(stages, ends, strict=False))
+
+
 def split_layers(layers: int, stages: int, *, d_model: int, vocab_size: int) -> list[tuple[int, int]]:
-    """Cuts ``layers`` into contiguous stages of nearly equal work.
+    """Cuts ``layers`` into contiguous stages of nearly equal work: the largest stage is as small as it can be.
+
+    Returns [first, last) for each stage.
+    """
+    return splits(layers, stages, d_model=d_model, vocab_size=vocab_size)[-1]
+
+
+def splits(layers: int, most: int, *, d_model: int, vocab_size: int) -> list[list[tuple[int, int]]]:
+    """The cut into 1, 2, ... ``most`` stages.
 
     Work is counted in multiply-adds per token: 12 d^2 for a block (its attention scores left out), d V for the
-    output head, nothing for the embedding's look-up. Returns [first, last) for each stage; the largest stage is as
-    small as it can be.
+    output head, nothing for the embedding's look-up.
     """
     block = 12 * d_model * d_model
     head = d_model * vocab_size
     # best[s][n]: smallest possible maximum when the first n layers fill s stages.
-    best = [[float("inf")] * (layers + 1) for _ in range(stages + 1)]
-    cut = [[0] * (layers + 1) for _ in range(stages + 1)]
+    best = [[float("inf")] * (layers + 1) for _ in range(most + 1)]
+    cut = [[0] * (layers + 1) for _ in range(most + 1)]
     best[0][0] = 0.0
-    for s in range(1, stages + 1):
+    for s in range(1, most + 1):
         for n in range(s, layers + 1):
             for k in range(s - 1, n):
-                cost = (n - k) * block + (head if s == stages and n == layers else 0)
+                cost = (n - k) * block + (head if n == layers else 0)
                 worst = max(best[s - 1][k], cost)
                 if worst < best[s][n]:
                     best[s][n], cut[s][n] = worst, k
-    ends = [layers]
-    for s in range(stages, 0, -1):
-        ends.append(cut[s][ends[-1]])
-    ends.reverse()
-    return list(itertools.pairwise(ends))
+    found = []
+    for stages in range(1, most + 1):
+        ends = [layers]
+        for s in range(stages, 0, -1):
+            ends.append(cut[s][ends[-1]])
+        ends.reverse()
+        found.append(list(itertools.pairwise(ends)))
+    return found
 
 
 def stage_parameters(first: int, last: int, layers: int, *, d_model: int, vocab_size: int) -> int:
@@ -284,3 +319,32 @@ def stage_parameters(first: int, last: int, layers: int, *, d_model: int, vocab_
     if last == layers:
         count += vocab_size * d_model + vocab_size + 2 * d_model
     return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model as its stages see it: one flat vector of weights, the embedding first, layer after layer, the head last.
+
+    A stage's weights are the slice from its first layer's start to its last one's end.
+    """
+
+    layers: int
+    d_model: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocab_size: int) -> Shape:
+        return cls(layers=model.layers, d_model=model.d_model, vocab_size=vocab_size)
+
+    def size(self, first: int, last: int) -> int:
+        """Weights of layers [first, last)."""
+        return stage_parameters(first, last, self.layers, d_model=self.d_model, vocab_size=self.vocab_size)
+
+    def start(self, layer: int) -> int:
+        """Weights before a layer: the embedding is layer 0's, the head the last one's."""
+        return self.size(0, layer) if layer else 0
+
+    def splits(self, counts: range) -> list[list[tuple[int, int]]]:
+        """The layers of every stage, for each number of stages."""
+        found = splits(self.layers, counts[-1], d_model=self.d_model, vocab_size=self.vocab_size)
+        return [found[count - 1] for count in counts]

@@ -15,7 +15,7 @@ import safetensors.torch
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import DivergedError, PotluckError, StateError, WireError
 from ..protocol.failpoints import failpoint
-from ..protocol.plan import Plan, SavePoint
+from ..protocol.plan import Plan, SavePoint, Shape
 from ..protocol.schedule import fragments, is_applied, is_round
 from . import plan as rules
 from .boundary import Boundary, Memory, Seat
@@ -56,6 +56,7 @@ class Engine:
         self._synchronizer: Synchronizer | None = None
         self._data: Dataset | None = None
         run = config.run
+        self.shape = Shape.of(run.model, config.manifest.vocab_size)
         self._memory = Memory(run, self.points.folder / "reuse") if run.activations.reuse else None
         self._rounds = ThreadPoolExecutor(1, thread_name_prefix="round")
         self._pending: Future[Outcome] | None = None
@@ -141,13 +142,13 @@ class Engine:
             self.local = replace(self.local, generation=plan.generation, seated=False)
             return
         number, replica = plan.places[peer]
-        layers = (plan.stages[number].first_layer, plan.stages[number].last_layer)
+        layers = plan.layers[number]
         if self.stage is None or (self.stage.first, self.stage.last) != layers:
             self.stage = self._pipeline = self._synchronizer = None  # who moves makes room first
             self.stage = self._build(layers)
         try:
             failpoint("worker.seat.fetch")
-            state = origin(self.states, plan, peer, self.stage.size, lambda: self._is_over(plan))
+            state = origin(self.states, plan, peer, self.shape, lambda: self._is_over(plan))
         except MissingError as error:
             log.warning("%s", error)
             self.local = replace(self.local, generation=plan.generation, seated=False)
@@ -155,10 +156,8 @@ class Engine:
             return
         failpoint("worker.seat.fetched")
         if state is None:
-            fresh = self._build(layers)
-            state = fresh.state(
-                SavePoint(kind="round", generation=0, step=0, first_layer=layers[0], last_layer=layers[1])
-            )
+            point = SavePoint(kind="round", generation=0, step=0, first_layer=layers[0], last_layer=layers[1])
+            state = self._build(layers).state(point)
         self.stage.load(state)
         self.points.keep(state)
         self.states.recent.most_nbytes = 4 * self.stage.size
@@ -246,14 +245,14 @@ class Engine:
         failpoint("worker.round.captured")
         self._in_capture, self._since, self._captured = self._since, 0, done
         self.local = replace(self.local, round=done)
-        synchronizer = self._synchronizer
+        synchronizer, layers = self._synchronizer, (self.stage.first, self.stage.last)
 
         def exchange() -> Outcome:
             outcome = synchronizer.exchange(capture)
             self.points.keep(outcome.state)
             failpoint("worker.round.done")
             if outcome.entry is not None:
-                self.states.recent.add(synchronizer.seat.stage, outcome.entry)
+                self.states.recent.add(layers, outcome.entry)
             self.hq.report(round_done=outcome.report(synchronizer.seat.plan.attempt))
             return outcome
 

@@ -77,9 +77,10 @@ def estimate(config: RunConfig, vocab_size: int, replicas: int) -> Estimate:
     """Of a run with ``replicas`` of every stage."""
     pipeline, model, sync = config.pipeline, config.model, config.sync.resolved()
     shape = {"d_model": model.d_model, "vocab_size": vocab_size}
-    layers = split_layers(model.layers, pipeline.stages, **shape)
+    stages = pipeline.counts(model.layers)[0]  # where the coordinator chooses: the fewest
+    layers = split_layers(model.layers, stages, **shape)
     sizes = [stage_parameters(a, b, model.layers, **shape) for a, b in layers]
-    boundaries, steps = pipeline.stages - 1, min(config.steps, LOOK_AHEAD)
+    boundaries, steps = stages - 1, min(config.steps, LOOK_AHEAD)
     chain_tokens = pipeline.microbatches * pipeline.microbatch_size * model.seq_len
     tokens = chain_tokens * replicas
 
@@ -167,7 +168,7 @@ def round_nbytes(config: RunConfig, n: int, fragment: int, replicas: int, *, ful
     """What all replicas of a stage of ``n`` weights send together in a round of one fragment; ``full``: in the last."""
     sync = config.sync.resolved()
     total = 0.0
-    keepers = min(config.checkpoint.keepers, (config.pipeline.stages - 1) * replicas)
+    keepers = min(config.checkpoint.keepers, (config.pipeline.counts(config.model.layers)[0] - 1) * replicas)
     if replicas == 1:
         keepers = min(keepers, 1)
         for piece in layout(n, sync.fragments, 1)[fragment]:

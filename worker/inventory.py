@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..protocol.errors import WireError
 from ..protocol.frames import Count, Frame, Header, Kind, Small, TensorSpec, make_frame
+from ..protocol.plan import SavePoint
 from .stage import State
 
 PIECE_NBYTES = 1 << 20
@@ -42,11 +43,20 @@ _WEIGHTS = {Part.G: PIECE_NBYTES // 4, Part.MOMENTUM: PIECE_NBYTES // 4, Part.MO
 
 
 class StateName(NamedTuple):
-    """A committed round of a stage."""
+    """A committed round of layers [first, last)."""
 
     generation: int
     step: int
-    stage: int
+    first_layer: int
+    last_layer: int
+
+    @classmethod
+    def of(cls, point: SavePoint) -> StateName:
+        return cls(point.generation, point.step, point.first_layer, point.last_layer)
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        return self.first_layer, self.last_layer
 
 
 class PieceName(NamedTuple):
@@ -173,7 +183,8 @@ def frame(
 ) -> Frame:
     """A request for a piece, or the piece; an answer without payload: it is not here.
 
-    Nothing of it belongs to a plan: ``generation`` and ``step`` are of the round that the state is of.
+    Nothing of it belongs to a plan: ``generation`` and ``step`` are of the round that the state is of, ``stage`` and
+    ``attempt`` its first and last layer.
     ``total_nbytes``: of all pieces of an entry.
     """
     spec = TensorSpec(codec=RAW, shape=(len(payload),), nbytes=len(payload))
@@ -183,10 +194,10 @@ def frame(
         run=run,
         generation=name.generation,
         step=name.step,
-        stage=name.stage,
+        stage=name.first_layer,
         microbatch=int(piece.part),
         part=piece.number,
-        attempt=0,
+        attempt=name.last_layer,
         tensors=() if kind == Kind.STATE_REQUEST else (spec,),
         targets=total_nbytes,
         dense_nbytes=0,
@@ -197,5 +208,5 @@ def read(header: Header) -> tuple[StateName, PieceName]:
     """What a frame is about; ``WireError`` for a part that no state has."""
     if header.microbatch not in tuple(Part):
         raise WireError(f"part {header.microbatch} of a state")
-    name = StateName(header.generation, header.step, header.stage)
+    name = StateName(header.generation, header.step, header.stage, header.attempt)
     return name, PieceName(Part(header.microbatch), header.part)

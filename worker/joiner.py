@@ -18,7 +18,7 @@ from typing import Protocol
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.errors import PotluckError, WireError
-from ..protocol.plan import SavePoint
+from ..protocol.plan import SavePoint, Shape
 from .inventory import PIECE_NBYTES, Part, PieceName, StateName
 from .mailbox import Fenced
 from .redo import Entry, replay
@@ -72,7 +72,7 @@ def catch_up(desk: Desk, rule: Rule, state: State, to: Prospect, stopped: Stoppe
     """``state``, with the rounds since done again; ``WireError`` if nobody has all of them."""
     g, momentum, point = state.g, state.momentum, state.point
     while (point.generation, point.step) != (to.point.generation, to.point.step):
-        name, error = StateName(point.generation, point.step, to.stage), WireError("nobody to ask")
+        name, error = StateName.of(point), WireError("nobody to ask")
         for donor in to.donors:
             try:
                 entry = fetch_entry(desk, name, donor, 8 * g.numel() + (1 << 20), stopped)
@@ -93,10 +93,8 @@ def catch_up(desk: Desk, rule: Rule, state: State, to: Prospect, stopped: Stoppe
 class Joiner:
     """Gets the state of a newcomer's stage, on a thread of its own. Thread-safe."""
 
-    def __init__(
-        self, run: RunConfig, sizes: Sequence[int], desk: Desk, fetch: Fetch, report: Callable[..., None]
-    ) -> None:
-        self._run, self._sizes, self._desk, self._fetch, self._report = run, sizes, desk, fetch, report
+    def __init__(self, run: RunConfig, shape: Shape, desk: Desk, fetch: Fetch, report: Callable[..., None]) -> None:
+        self._run, self._shape, self._desk, self._fetch, self._report = run, shape, desk, fetch, report
         self._changed = threading.Condition()
         self._busy = threading.Lock()  # while the state is worked on
         self._prospect: Prospect | None = None
@@ -117,10 +115,10 @@ class Joiner:
             self._changed.notify_all()
 
     def take(self, point: SavePoint, stage: int, donors: Sequence[str], stopped: Stopped) -> State | None:
-        """The state of ``point``, if what was got ready leads there. The joiner is done with it."""
+        """The state of ``point``, if what was got ready leads there."""
         self.follow(None)
         with self._busy:
-            state, self._state = self._state, None
+            state = self._state
             if state is None or not self._is_of(state, point):
                 return None
             try:
@@ -128,6 +126,12 @@ class Joiner:
             except WireError as error:
                 log.info("what was got ready is of no use: %s", error)
                 return None
+
+    def let_go(self) -> None:
+        """A seat is taken: what was got ready is of no more use."""
+        self.follow(None)
+        with self._busy:
+            self._state = None
 
     def close(self) -> None:
         with self._changed:
@@ -140,7 +144,7 @@ class Joiner:
         return Rule(sync=self._run.sync.resolved(), seed=self._run.seed, stage=stage)
 
     @staticmethod
-    def _is_of(state: State, point: SavePoint) -> bool:
+    def _is_of(state: State | Prospect, point: SavePoint) -> bool:
         return (state.point.first_layer, state.point.last_layer) == (point.first_layer, point.last_layer)
 
     def _work(self) -> None:
@@ -166,12 +170,12 @@ class Joiner:
     def _get(self, to: Prospect) -> State:
         def stopped() -> bool:
             now = self._prospect
-            return now is None or now.stage != to.stage
+            return now is None or not self._is_of(now, to.point)
 
         if self._state is not None and self._is_of(self._state, to.point):
             try:
                 return catch_up(self._desk, self._rule(to.stage), self._state, to, stopped)
             except WireError as error:
                 log.info("fetching the state once more: %s", error)
-        wanted = Wanted(point=to.point, stage=to.stage, size=self._sizes[to.stage])
+        wanted = Wanted(point=to.point, size=self._shape.size(to.point.first_layer, to.point.last_layer))
         return self._fetch(wanted, to.donors, stopped)

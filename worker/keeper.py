@@ -20,7 +20,7 @@ from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.errors import StateError, WireError
 from ..protocol.frames import Frame
-from ..protocol.plan import Plan, SavePoint
+from ..protocol.plan import Plan, SavePoint, Shape
 from ..protocol.schedule import fragments
 from .mailbox import Fenced
 from .plan import View
@@ -50,11 +50,23 @@ class Report(Protocol):
     def __call__(self, **body: object) -> None: ...
 
 
+class _Place(NamedTuple):
+    """A stage of one division of the layers: what a round does to it depends on its number, too."""
+
+    number: int
+    first_layer: int
+    last_layer: int
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        return self.first_layer, self.last_layer
+
+
 class _Stage:
     """One kept stage: what came of its rounds, which of them count, and what is on disk."""
 
-    def __init__(self, number: int, size: int) -> None:
-        self.number, self.size = number, size
+    def __init__(self, place: _Place, size: int) -> None:
+        self.place, self.number, self.size = place, place.number, size
         self.kept: Kept | None = None  # opened by the thread
         self.rounds: dict[_Round, dict[tuple[int, int], tuple[Payload, int]]] = {}  # (piece, owner) -> ..., weights
         self.nbytes = 0
@@ -90,28 +102,27 @@ class _Stage:
 class Keeper:
     """What one worker keeps of others' stages. Thread-safe."""
 
-    def __init__(
-        self, run: RunConfig, layers: Sequence[tuple[int, int]], sizes: Sequence[int], folder: Path, report: Report
-    ) -> None:
-        """``layers`` and ``sizes`` (weights) of every stage; ``folder`` may have something of an earlier process."""
-        self.run, self.layers, self.sizes, self.folder, self.report = run, layers, sizes, folder, report
-        self.vocab_size = 0
+    def __init__(self, run: RunConfig, shape: Shape, folder: Path, report: Report) -> None:
+        """``folder`` may have something of an earlier process."""
+        self.run, self.shape, self.folder, self.report = run, shape, folder, report
         self.fetch: Fetch | None = None
         self._sync = run.sync.resolved()
         self._changed = threading.Condition()
         self._disk = threading.RLock()
-        self._stages: dict[int, _Stage] = {}
-        self._keeping: frozenset[int] = frozenset()
+        self._stages: dict[_Place, _Stage] = {}
+        self._keeping: frozenset[_Place] = frozenset()
+        self._committed = 0
         self._plan: Plan | None = None
         self._news = self._closed = self._settled = False
         self._thread = threading.Thread(target=self._work, name="keeper", daemon=True)
-        for number in range(len(layers)):
-            if self._place(number).exists():
-                self._disk_of(self._open(number))
+        for left in folder.glob("kept-*-*-*"):
+            numbers = left.name.split("-")[1:]
+            if all(n.isdecimal() for n in numbers) and 0 <= int(numbers[1]) < int(numbers[2]) <= shape.layers:
+                self._disk_of(self._open(_Place(*map(int, numbers))))
 
-    def start(self, fetch: Fetch, vocab_size: int) -> None:
+    def start(self, fetch: Fetch) -> None:
         """Begins; ``fetch`` gets a state from donors."""
-        self.fetch, self.vocab_size = fetch, vocab_size
+        self.fetch = fetch
         self._thread.start()
 
     def close(self) -> None:
@@ -130,10 +141,12 @@ class Keeper:
         """What we are to keep, and which rounds of it count."""
         with self._changed:
             self._plan, self._settled = view.plan or self._plan, view.phase == "training"
-            self._keeping = frozenset(number for number, _ in view.kept if number < len(self.layers))
-            for number, marks in view.kept:
-                if number in self._keeping:
-                    self._open(number).hear(marks[::-1])
+            self._committed = view.committed
+            if (plan := view.plan) is not None:
+                kept = {_Place(i, *plan.layers[i]): marks for i, marks in view.kept if i < len(plan.stages)}
+                self._keeping = frozenset(kept)
+                for place, marks in kept.items():
+                    self._open(place).hear(marks[::-1])
             self._news = True
             self._changed.notify_all()
 
@@ -142,14 +155,14 @@ class Keeper:
         header = frame.header
         with self._changed:
             plan = self._plan
-            if plan is None or header.generation < plan.generation or header.stage >= len(self.layers):
+            if plan is None or header.generation != plan.generation or header.stage >= len(plan.stages):
                 return
-            if plan.generation == header.generation:
-                if peer not in {r.peer for r in plan.stages[header.stage].replicas}:
-                    raise WireError(f"{peer[:8]} sends a round of a stage that it does not hold")
-                if header.stage not in self._keeping:
-                    return
-            self._open(header.stage).put(frame)
+            place = _Place(header.stage, *plan.layers[header.stage])
+            if peer not in {r.peer for r in plan.stages[header.stage].replicas}:
+                raise WireError(f"{peer[:8]} sends a round of a stage that it does not hold")
+            if place not in self._keeping:
+                return
+            self._open(place).put(frame)
             self._news = True
             self._changed.notify_all()
 
@@ -157,8 +170,8 @@ class Keeper:
 
     def find(self, generation: int, step: int, layers: tuple[int, int]) -> State | None:
         """A committed round of a stage we keep, without moments; None if it is not here."""
-        for number, stage in list(self._stages.items()):
-            if self.layers[number] == layers:
+        for place, stage in list(self._stages.items()):
+            if place.layers == layers:
                 with self._disk:
                     for point in stage.kept.points if stage.kept is not None else ():
                         if (point.generation, point.step) == (generation, step):
@@ -174,19 +187,19 @@ class Keeper:
                 self._news = False
                 if self._closed:
                     return
-            for number, stage in list(self._stages.items()):
+            for place, stage in list(self._stages.items()):
                 try:
-                    if number in self._keeping:
+                    if place in self._keeping:
                         self._advance(stage)
-                    elif self._settled:
+                    elif self._settled and self._is_past(place):
                         self._drop(stage)
                 except Fenced:
                     pass
                 except (StateError, WireError) as error:
-                    log.warning("keeping stage %d: %s", number, error)
+                    log.warning("keeping stage %d: %s", place.number, error)
                     self._pause()
                 except Exception:
-                    log.exception("keeping stage %d", number)
+                    log.exception("keeping stage %d", place.number)
                     self._pause()
 
     def _pause(self) -> None:
@@ -244,7 +257,7 @@ class Keeper:
         """A base: the run's beginning where all rounds since are on their way to us, else the newest round."""
         first, newest = marks[0], marks[-1]
         if first.step == 0 and all(self._entry(stage, first, mark) is not None for mark in marks[1:]):
-            g = Stage(self.run, self.vocab_size, *self.layers[stage.number]).g
+            g = Stage(self.run, self.shape.vocab_size, *stage.place.layers).g
             point = SavePoint(
                 kind="round",
                 generation=first.generation,
@@ -258,8 +271,8 @@ class Keeper:
             assert self.fetch is not None
             plan = self._plan
             donors = [r.peer for r in plan.replicas[stage.number]] if plan is not None else []
-            wanted = Wanted(point=newest, stage=stage.number, size=stage.size, moments=False)
-            state = self.fetch(wanted, donors, lambda: self._closed or stage.number not in self._keeping)
+            wanted = Wanted(point=newest, size=stage.size, moments=False)
+            state = self.fetch(wanted, donors, lambda: self._closed or stage.place not in self._keeping)
         with self._disk:
             self._disk_of(stage).begin(state)
 
@@ -313,28 +326,35 @@ class Keeper:
 
     # Folders.
 
-    def _place(self, number: int) -> Path:
-        first, last = self.layers[number]
-        return self.folder / f"kept-{first}-{last}"
+    def _is_past(self, place: _Place) -> bool:
+        """Whether nobody can want to go back to a stage that we keep no more: not so after the layers were divided
+        anew, until a round of the new stages is committed and what we keep of them is on the disk."""
+        plan, mine = self._plan, [self._stages[p] for p in self._keeping if p in self._stages]
+        if plan is None or place.layers in plan.layers:
+            return True
+        return self._committed > plan.first_step and all(s.kept is not None and s.kept.points for s in mine)
+
+    def _place(self, place: _Place) -> Path:
+        return self.folder / ("-".join(["kept", *map(str, place)]))
 
     def _rule(self, number: int) -> Rule:
         return Rule(sync=self._sync, seed=self.run.seed, stage=number)
 
-    def _open(self, number: int) -> _Stage:
-        if number not in self._stages:
-            self._stages[number] = _Stage(number, self.sizes[number])
-        return self._stages[number]
+    def _open(self, place: _Place) -> _Stage:
+        if place not in self._stages:
+            self._stages[place] = _Stage(place, self.shape.size(*place.layers))
+        return self._stages[place]
 
     def _disk_of(self, stage: _Stage) -> Kept:
         with self._disk:
             if stage.kept is None:
-                stage.kept = Kept(self._place(stage.number), self._rule(stage.number), stage.size)
+                stage.kept = Kept(self._place(stage.place), self._rule(stage.number), stage.size)
             return stage.kept
 
     def _drop(self, stage: _Stage) -> None:
         """Others keep it now."""
         with self._changed, self._disk:
-            del self._stages[stage.number]
+            del self._stages[stage.place]
             if stage.kept is not None:
                 stage.kept.close()
-            shutil.rmtree(self._place(stage.number), ignore_errors=True)
+            shutil.rmtree(self._place(stage.place), ignore_errors=True)

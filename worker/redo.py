@@ -113,22 +113,23 @@ class Recent:
 
     def __init__(self) -> None:
         self.most_nbytes = 0
-        self._entries: deque[tuple[int, int, bytes, bytes]] = deque()  # stage, step, digest after it, encoded
+        self._entries: deque[tuple[tuple[int, int], int, bytes, bytes]] = deque()  # layers, step, digest, encoded
         self._lock = threading.Lock()
 
-    def add(self, stage: int, entry: Entry) -> None:
+    def add(self, layers: tuple[int, int], entry: Entry) -> None:
         """The newest round, committed or about to be; those that it does not lead on from did not count."""
         with self._lock:
             while self._entries and self._entries[-1][2] != entry.base_digest:
                 self._entries.pop()
-            self._entries.append((stage, entry.step, entry.digest, entry.encode()))
+            self._entries.append((layers, entry.step, entry.digest, entry.encode()))
             while sum(len(data) for *_, data in self._entries) > self.most_nbytes:
                 self._entries.popleft()
 
     def after(self, name: StateName) -> bytes | None:
         """The round that came after a state; whether it leads on from that very one shows its digest."""
         with self._lock:
-            return next((d for stage, step, _, d in self._entries if stage == name.stage and step > name.step), None)
+            later = (d for layers, step, _, d in self._entries if layers == name.layers and step > name.step)
+            return next(later, None)
 
 
 class RedoLog:

@@ -25,7 +25,7 @@ from ..protocol.identity import Identity
 from ..protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest
 from ..protocol.meter import Meter
 from ..protocol.pipe import ChannelConfig
-from ..protocol.plan import split_layers, stage_parameters
+from ..protocol.plan import Shape
 from ..protocol.ticket import Ticket
 from ..protocol.tls import Certificate
 from ..protocol.transport import TransportConfig
@@ -58,10 +58,9 @@ class Session:
         self.run_name = hashlib.sha256(ticket.run.encode()).digest()[:8]
         self.points, self.views, self.mailbox = SavePoints(self.folder), Views(), Mailbox()
         self.links = Links(self.mailbox, self.on_state, self.fault)
-        self.states = States(self.run_name, self.points, self.layers_of, self.links.post, config.state_mbps)
+        self.states = States(self.run_name, self.points, self.links.post, config.state_mbps)
         self.control = Control(ticket, identity, meter, self.points.points, self.follow, config.patience_minutes)
         self._checks: list[Callable[[Header], None]] = []
-        self._layers: list[tuple[int, int]] = []
         self._told = ""
 
     async def run(self, leave: asyncio.Event) -> str:
@@ -117,9 +116,9 @@ class Session:
         """The computing side, for the run that the coordinator describes."""
         run = msgspec.json.decode(welcome.config, type=RunConfig)
         manifest = Manifest.decode(welcome.manifest.encode(), "the coordinator's manifest")
-        shape = {"d_model": run.model.d_model, "vocab_size": manifest.vocab_size}
-        self._layers = split_layers(run.model.layers, run.pipeline.stages, **shape)
-        most = max(stage_parameters(a, b, run.model.layers, **shape) for a, b in self._layers)
+        shape = Shape.of(run.model, manifest.vocab_size)
+        divisions = shape.splits(run.pipeline.counts(run.model.layers))
+        most = max(shape.size(*layers) for division in divisions for layers in division)
         boundary = boundary_check(run, manifest.vocab_size)
         weights = partial(most_nbytes, run.sync.resolved())
         states = inventory.most_nbytes(most)
@@ -132,11 +131,9 @@ class Session:
             peer=self.identity.peer_id,
             device=self.config.device,
         )
-        sizes = [stage_parameters(a, b, run.model.layers, **shape) for a, b in self._layers]
-        self.states.prepare(run, sizes, self.control.report)
+        self.states.prepare(run, shape, self.control.report)
         if run.checkpoint.keepers:
-            keeper = Keeper(run, self._layers, sizes, self.folder, self.control.report)
-            self.states.keep(keeper, manifest.vocab_size)
+            self.states.keep(Keeper(run, shape, self.folder, self.control.report))
         coordinator = Coordinator(self.control, self.folder / "corpus", manifest)
         return Engine(config, self.views, self.links, self.mailbox, self.states, coordinator)
 
@@ -149,9 +146,6 @@ class Session:
 
     def on_state(self, peer: str, frame: Frame) -> None:
         self.states.put(peer, frame)
-
-    def layers_of(self, stage: int) -> tuple[int, int]:
-        return self._layers[stage]
 
     def fault(self, generation: int, peer: str, text: str) -> None:
         log.warning("%s", text)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..protocol.config import RunConfig
 from ..protocol.frames import Frame, Kind
+from ..protocol.plan import Shape
 from .checkpoint import SavePoints
 from .donor import Donor
 from .inventory import StateName
@@ -17,16 +18,12 @@ from .stage import State
 from .throttle import Bucket
 from .transfer import Desk, Fetch, Wanted
 
-Layers = Callable[[int], tuple[int, int]]
-
 
 class States:
-    """``post`` sends a frame to a peer, ``layers`` are those of a stage by its number. Thread-safe."""
+    """``post`` sends a frame to a peer. Thread-safe."""
 
-    def __init__(
-        self, run: bytes, points: SavePoints, layers: Layers, post: Callable[[str, Frame], None], mbps: float
-    ) -> None:
-        self.points, self.layers, self.recent = points, layers, Recent()
+    def __init__(self, run: bytes, points: SavePoints, post: Callable[[str, Frame], None], mbps: float) -> None:
+        self.points, self.recent = points, Recent()
         self.keeper: Keeper | None = None
         self.joiner: Joiner | None = None
         self._received = Bucket(mbps)
@@ -45,20 +42,18 @@ class States:
 
     def fetch(self, wanted: Wanted, donors: Sequence[str], stopped: Callable[[], bool]) -> State:
         """See :class:`.transfer.Fetch`; blocks."""
-        name = wanted.name
-        folder = (
-            self.points.folder / f"fetch-{name.generation}-{name.step}-{name.stage}{'' if wanted.moments else '-kept'}"
-        )
+        kept = "" if wanted.moments else "-kept"
+        folder = self.points.folder / ("-".join(["fetch", *map(str, wanted.name)]) + kept)
         return Fetch(wanted, donors, self._desk, folder, self._received, stopped).run()
 
-    def prepare(self, run: RunConfig, sizes: Sequence[int], report: Callable[..., None]) -> None:
+    def prepare(self, run: RunConfig, shape: Shape, report: Callable[..., None]) -> None:
         """Gets ready for the stage that the coordinator names, from now on."""
-        self.joiner = Joiner(run, sizes, self._desk, self.fetch, report)
+        self.joiner = Joiner(run, shape, self._desk, self.fetch, report)
 
-    def keep(self, keeper: Keeper, vocab_size: int) -> None:
+    def keep(self, keeper: Keeper) -> None:
         """Keeps others' stages from now on."""
         self.keeper = keeper
-        keeper.start(self.fetch, vocab_size)
+        keeper.start(self.fetch)
         keeper.tell()
 
     def follow(self, view: View) -> None:
@@ -86,7 +81,4 @@ class States:
         self._donor.close()
 
     def _find(self, name: StateName) -> State | None:
-        try:
-            return self.find("round", name.generation, name.step, self.layers(name.stage))
-        except IndexError:
-            return None
+        return self.find("round", name.generation, name.step, name.layers)

@@ -75,13 +75,12 @@ class Wanted:
     """A committed round of a stage of ``size`` weights; its digest is the run's."""
 
     point: SavePoint
-    stage: int
     size: int
     moments: bool = True  # a keeper has no use for them
 
     @property
     def name(self) -> StateName:
-        return StateName(self.point.generation, self.point.step, self.stage)
+        return StateName.of(self.point)
 
 
 @dataclass

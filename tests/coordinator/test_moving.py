@@ -5,18 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from scripted_run import RULES, Run, committed, journaled, point
+from scripted_run import LAYERS, RULES, Run, committed, journaled, point
 
 from potluck.coordinator import events as ev
 from potluck.coordinator.assignment import StageNeed
 from potluck.coordinator.standstill import shifted
-from potluck.coordinator.state import Gone, Rules, StopAsked, Tick
+from potluck.coordinator.state import Division, Gone, Rules, StopAsked, Tick
 from potluck.coordinator.views import view_of
 from potluck.protocol import control_pb2 as pb
 
 NEED = StageNeed(work=1.0, memory_gb=2.0)
 MOVING = replace(
-    RULES, needs=(NEED, NEED), prepare_seconds=100.0, move_seconds=50.0, lease_seconds=1e4, silence_seconds=1e6
+    RULES,
+    divisions=(Division(layers=LAYERS, needs=(NEED, NEED)),),
+    prepare_seconds=100.0,
+    move_seconds=50.0,
+    lease_seconds=1e4,
+    silence_seconds=1e6,
 )
 CREW = "abcdefgh"
 
@@ -133,7 +138,7 @@ def test_an_abort_meanwhile_leaves_the_mover_where_it_holds_the_state() -> None:
 def test_when_nobody_moves(why: str) -> None:
     changes = {
         "quorum": {"quorum": 4},
-        "memory": {"needs": (NEED, replace(NEED, memory_gb=8.0))},
+        "memory": {"divisions": (Division(layers=LAYERS, needs=(NEED, replace(NEED, memory_gb=8.0))),)},
         "prepare": {"prepare_seconds": 0.0},
         "stop": {},
     }[why]

@@ -49,7 +49,8 @@ async def test_an_upload_that_is_no_stage_is_refused(data: bytes, tmp_path: Path
         raise AssertionError("nothing may be published")
 
     config = RunConfig(model=MODEL, pipeline=PipelineConfig(stages=1))
-    publisher = Publisher(tmp_path / "out", tmp_path, config, MANIFEST, ((0, 1),), published)
+    publisher = Publisher(tmp_path / "out", tmp_path, config, MANIFEST, published)
+    publisher.begin(3, 1, ((0, 1),))
     publisher.part(3, 0).write_bytes(data)
     with pytest.raises(WireError):
         await publisher.arrived(3, 0)
@@ -64,11 +65,11 @@ async def test_uploads_of_two_generations_are_never_one_model(tmp_path: Path) ->
     async def published(step: int, path: Path) -> None:
         done.append(path)
 
-    publisher = Publisher(tmp_path / "out", tmp_path, RunConfig(model=model), MANIFEST, layers, published)
+    publisher = Publisher(tmp_path / "out", tmp_path, RunConfig(model=model), MANIFEST, published)
 
     async def upload(generation: int, stage: int) -> None:
         count = stage_parameters(*layers[stage], 2, d_model=8, vocab_size=300)
-        publisher.begin(3, generation)
+        publisher.begin(3, generation, layers)
         publisher.part(3, stage).write_bytes(stage_file({f"w{stage}": tensor(0, count)}, 4 * count))
         await publisher.arrived(3, stage)
 
@@ -91,10 +92,10 @@ async def test_a_coordinator_started_again_goes_on_collecting(arrived: int, tmp_
         done.append(path)
 
     config = RunConfig(model=msgspec.structs.replace(MODEL, layers=2))
-    first, second = (Publisher(tmp_path / "out", tmp_path, config, MANIFEST, layers, published) for _ in range(2))
+    first, second = (Publisher(tmp_path / "out", tmp_path, config, MANIFEST, published) for _ in range(2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}", encoding="utf-8")
-    first.begin(3, 1)
+    first.begin(3, 1, layers)
     for stage, (a, b) in enumerate(layers):
         count = stage_parameters(a, b, 2, d_model=8, vocab_size=300)
         first.part(3, stage).write_bytes(stage_file({f"w{stage}": tensor(0, count)}, 4 * count))
@@ -103,9 +104,9 @@ async def test_a_coordinator_started_again_goes_on_collecting(arrived: int, tmp_
     else:
         for stage in range(2):
             first.part(3, stage).rename(first.part(3, stage).with_suffix(""))
-    await second.resume(3, 1)
+    await second.resume(3, 1, layers)
     if arrived == 1:
         assert not done
-        second.begin(3, 1)
+        second.begin(3, 1, layers)
         await second.arrived(3, 1)
     assert done == [second.path(3)] and not list((tmp_path / "out").glob(".step-*"))

@@ -7,16 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 
 from kept_run import with_a_lost_round
-from scripted_run import ROLLING, RULES, SAMPLES, Run, committed, journaled, leases, point, saved, stop_point, training
+from scripted_run import (
+    LAYERS,
+    ROLLING,
+    RULES,
+    SAMPLES,
+    Run,
+    committed,
+    journaled,
+    leases,
+    point,
+    saved,
+    stop_point,
+    training,
+)
 
 from potluck.coordinator import events as ev
 from potluck.coordinator.assignment import StageNeed
 from potluck.coordinator.state import (
     Dismiss,
+    Division,
     Gone,
     Mark,
     Remember,
     ReturnLeases,
+    Rules,
     RunState,
     StopAsked,
     Tick,
@@ -30,8 +45,17 @@ from potluck.protocol import control_pb2 as pb
 # Leaving.
 
 
+def needing(*needs: StageNeed) -> Rules:
+    return replace(RULES, divisions=(Division(layers=LAYERS, needs=needs),))
+
+
 def test_a_leaving_peer_closes_the_round_and_is_released_after_it_has_given() -> None:
-    run = committed("a", "b", "c", rules=replace(RULES, needs=(StageNeed(work=1.0, memory_gb=1.0),) * 2))
+    run = committed(
+        "a",
+        "b",
+        "c",
+        rules=needing(StageNeed(work=1.0, memory_gb=1.0), StageNeed(work=1.0, memory_gb=1.0)),
+    )
     leaver = next(s[0] for s in run.seats if len(s) == 1)  # the only one of its stage
     run.say(leaver, leaving=pb.Leaving())
     assert run.state.closing == "round" and not run.released(leaver)
@@ -339,7 +363,15 @@ def test_a_finished_run_that_is_opened_again_needs_nobody() -> None:
 
 def test_evaluations_may_come_in_any_order_of_their_peers() -> None:
     run = training(
-        "a", "b", "c", rules=replace(RULES, needs=(StageNeed(work=1, memory_gb=1), StageNeed(work=9, memory_gb=1)))
+        "a",
+        "b",
+        "c",
+        rules=replace(
+            RULES,
+            divisions=(
+                Division(layers=LAYERS, needs=(StageNeed(work=1, memory_gb=1), StageNeed(work=9, memory_gb=1))),
+            ),
+        ),
     )
     last = run.seats[1]
     assert len(last) == 2

@@ -8,7 +8,7 @@ from dataclasses import replace
 from potluck.protocol.failpoints import Action, Do
 
 from .roles import Times
-from .scenario import GROWS, ONE, THREE, TWO, Expect, Fault, Layout, Mode, Scenario, Trouble
+from .scenario import DIVIDES, GROWS, ONE, THREE, TWO, Expect, Fault, Layout, Mode, Scenario, Trouble
 
 SHORT = Times(silence_seconds=2.0, heartbeat_seconds=0.5, give_up_seconds=2.0)
 SLOW = (  # words of what CI leaves out
@@ -240,6 +240,23 @@ def newcomers() -> Iterator[Scenario]:
         yield at(GROWS, "carl", point, "kill", 1, "any", ci=point == "worker.seat.fetched", **more)  # type: ignore[arg-type]
 
 
+def divisions() -> Iterator[Scenario]:
+    """Three workers train three stages faster than two: the layers are divided anew, for the third one."""
+    more = {
+        "steps": 30,
+        "changes": {"model": {"d_model": 128, "layers": 6}, "pipeline": {"stages": {"min": 2, "max": 3}}},
+        "times": Times(divide_seconds=0.0),
+    }
+    yield Scenario(layout=DIVIDES, expect="divided", ci=True, **more)  # type: ignore[arg-type]
+    for name in ("anna", "ben", "carl"):
+        for point in ("worker.seat.fetch", "worker.seat.fetched", "worker.seat.taken"):
+            hit = 1 if name == "carl" else 2
+            ci = (name, point) in (("carl", "worker.seat.fetched"), ("anna", "worker.seat.taken"))
+            yield at(DIVIDES, name, point, "kill", hit, "divided", ci=ci, **more)  # type: ignore[arg-type]
+    yield at(DIVIDES, "ben", "worker.state.serve", "kill", 1, "divided", **more)  # type: ignore[arg-type]
+    yield at(DIVIDES, "coordinator", "coordinator.plan.issued", "kill", 2, "divided", ci=True, **more)  # type: ignore[arg-type]
+
+
 def lines() -> Iterator[Scenario]:
     for name in ("anna", "ben"):
         yield line(ONE, name, "stop", 1.0, "on", ci=name == "anna")
@@ -285,7 +302,16 @@ def proofs() -> list[Scenario]:
 
 def every() -> list[Scenario]:
     """All of them; no two have the same name."""
-    found = [*one_replica(), *coordinators(), *two_replicas(), *deaths(), *newcomers(), *lines(), *redialling()]
+    found = [
+        *one_replica(),
+        *coordinators(),
+        *two_replicas(),
+        *deaths(),
+        *newcomers(),
+        *divisions(),
+        *lines(),
+        *redialling(),
+    ]
     found = [replace(s, ci=s.ci and not any(word in s.name for word in SLOW)) for s in found]
     assert len({s.name for s in found}) == len(found), "two scenarios are the same"
     return found

@@ -216,6 +216,8 @@ def expected(scenario: Scenario, kinds: list[str]) -> bool:
             return opened > 1
         case "still":
             return "StoodStill" in kinds and not back
+        case "divided":
+            return "Redivided" in kinds
     return True
 
 
@@ -229,6 +231,8 @@ def observed(kinds: list[str], crew: Crew) -> str:
         "StoodStill": "stood still",
         "RoundRefused": "round refused",
         "PublishFailed": "publishing failed",
+        "Redivided": "layers divided anew",
+        "DivisionFailed": "a division failed",
         "Faulted": "fault reported",
     }
     said = [f"{text} {n}x" if (n := kinds.count(kind)) > 1 else text for kind, text in words.items() if kind in kinds]

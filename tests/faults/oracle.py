@@ -8,6 +8,7 @@ committed round, and each committed sample must have been trained on exactly onc
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from potluck.compression.mean import weighted_mean
 from potluck.compression.sync import Sparse
 from potluck.protocol.config import RunConfig
 from potluck.protocol.manifest import Manifest
-from potluck.protocol.plan import SavePoint
+from potluck.protocol.plan import SavePoint, Shape
 from potluck.worker.data import Dataset
+from potluck.worker.origin import divided
 from potluck.worker.shards import layout
 from potluck.worker.stage import Stage, State, digest
 
@@ -120,7 +122,9 @@ class Oracle:
     def __init__(self, config: RunConfig, corpus: Path) -> None:
         self.config, self.data = config, Dataset(corpus)
         self.manifest: Manifest = self.data.manifest
-        self.points: dict[tuple[str, str, int, int], State] = {}  # peer, kind, generation, step
+        self.points: dict[
+            tuple[str, str, int, int, tuple[int, int]], State
+        ] = {}  # peer, kind, generation, step, layers
         self.problems: list[str] = []
         self.moments_lost = False  # a stage went on from a redo log, which has the weights alone
         self.weights: dict[str, Tensor] = {}
@@ -146,15 +150,28 @@ class Oracle:
         """Its own state, or anybody's of the same layers with the moments that it got."""
         kind, generation, step = seat.begin["origin"]
         if kind == "step":
-            return self.points.get((seat.peer, kind, generation, step))
-        states = [s for (_, k, g, at), s in self.points.items() if (k, g, at) == (kind, generation, step)]
+            return self.points.get((seat.peer, kind, generation, step, seat.layers))
+        states = [s for (_, k, g, at, _), s in self.points.items() if (k, g, at) == (kind, generation, step)]
         found = [s for s in states if (s.point.first_layer, s.point.last_layer) == seat.layers]
-        return self._given(seat, found[0]) if found else None
+        found = found or self._divided(seat, states)
+        return self._given(seat, found[0], [*found, *self.points.values()]) if found else None
 
-    def _given(self, seat: Seat, holder: State) -> State:
+    def _divided(self, seat: Seat, states: Sequence[State]) -> list[State]:
+        """The layers were divided otherwise before: the same, made of whatever states of those stages there are."""
+        first, last = seat.layers
+        parts: dict[tuple[int, int], list[State]] = {}
+        for state in states:
+            if (point := state.point).first_layer < last and first < point.last_layer:
+                parts.setdefault((point.first_layer, point.last_layer), []).append(state)
+        if sum(min(last, b) - max(first, a) for a, b in parts) != last - first:
+            return []
+        shape = Shape.of(self.config.model, self.manifest.vocab_size)
+        return [divided(one, seat.layers, shape) for one in itertools.product(*(parts[key] for key in sorted(parts)))]
+
+    def _given(self, seat: Seat, holder: State, givers: Sequence[State]) -> State:
         """The weights are known here; the moments must be somebody's, or begin anew."""
         m, v, updates = torch.load(seat.begin["taken"], weights_only=True)  # noqa: TID251
-        known = [s for s in self.points.values() if s.g.shape == holder.g.shape]
+        known = [s for s in givers if s.g.shape == holder.g.shape]
         if m is None:
             self.moments_lost = True
         elif not any(same(s.m, m) and same(s.v, v) and s.updates == updates for s in known):
@@ -174,7 +191,7 @@ class Oracle:
         stage = Stage(self.config, self.manifest.vocab_size, *seat.layers)
         state = self._state(seat, stage)
         stage.load(state)
-        self.points[seat.peer, state.point.kind, state.point.generation, state.point.step] = state
+        self.points[seat.peer, state.point.kind, state.point.generation, state.point.step, seat.layers] = state
         begin, is_last = seat.begin, seat.stage == len(seat.begin["stages"]) - 1
         per_step = begin["microbatches"] * len(begin["stages"][0][2]) * begin["microbatch_size"]
         flights: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -247,7 +264,9 @@ class Oracle:
                 point = SavePoint(
                     kind="step", generation=begin["generation"], step=op["step"], first_layer=first, last_layer=last
                 )
-                self.points[seat.peer, "step", begin["generation"], op["step"]] = stage.state(point, pending=number)
+                self.points[seat.peer, "step", begin["generation"], op["step"], seat.layers] = stage.state(
+                    point, pending=number
+                )
             yield "done"
 
     def _exchange(self, op: Op, captures: Mapping[str, Captured]) -> dict[str, State]:
@@ -295,4 +314,4 @@ class Oracle:
             for seat in crew:
                 key = world.counts(seat.stage, one.step)
                 if key is not None and (state := world.outcomes[key].get(seat.peer)) is not None:
-                    self.points[seat.peer, "round", one.generation, one.step] = state
+                    self.points[seat.peer, "round", one.generation, one.step, seat.layers] = state

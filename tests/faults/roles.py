@@ -25,6 +25,7 @@ class Times:
     silence_seconds: float | None = None
     heartbeat_seconds: float | None = None
     give_up_seconds: float | None = None
+    divide_seconds: float | None = None
 
 
 def fired(path: Path) -> Callable[[str, Action], None]:
@@ -41,9 +42,10 @@ def fired(path: Path) -> Callable[[str, Action], None]:
 
 def coordinator(folder: Path, faults: Mapping[str, Action], times: Times) -> None:
     """``potluck coordinator up`` in ``folder``."""
-    if times.silence_seconds is not None:
-        rules_of = service.rules_of
-        service.rules_of = lambda *args: replace(rules_of(*args), silence_seconds=times.silence_seconds)
+    rules_of = service.rules_of
+    named = {"silence_seconds": times.silence_seconds, "divide_seconds": times.divide_seconds}
+    changes = {name: seconds for name, seconds in named.items() if seconds is not None}
+    service.rules_of = lambda *args: replace(rules_of(*args), **changes)
     service.LAST_LOOK_SECONDS = 0.0
     arm(faults, fired(folder / "coordinator.fired"))
     place = ["--data-dir", str(folder / "coordinator"), "--ready-file", str(folder / "ready.json")]

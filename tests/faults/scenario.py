@@ -10,7 +10,7 @@ from potluck.protocol.failpoints import Action
 from .roles import Times
 
 Mode = Literal["stop", "kill", "interrupt", "cut", "hole", "slow", "late"]
-Expect = Literal["on", "without", "held", "back", "anew", "again", "still", "any"]
+Expect = Literal["on", "without", "held", "back", "anew", "again", "still", "divided", "any"]
 WORDS: dict[Expect, str] = {
     "on": "goes on, nobody goes back",
     "without": "goes on without the lost replica, nobody goes back",
@@ -19,6 +19,7 @@ WORDS: dict[Expect, str] = {
     "anew": "a new plan",
     "again": "the coordinator goes on from its file",
     "still": "the coordinator stands still, then goes on",
+    "divided": "the layers are divided anew, or stay as they are: goes on",
     "any": "goes on",
 }
 
@@ -74,6 +75,7 @@ class Layout:
 ONE = Layout(name="2x1", stages=(("anna",), ("ben",)))
 TWO = Layout(name="2x2", stages=(("anna", "dora"), ("ben", "carl")))
 THREE = Layout(name="2+3", stages=(("anna", "dora"), ("ben", "carl", "erin")))
+DIVIDES = Layout(name="2..3x1+1", stages=(("anna",), ("ben",)), late=("carl",))
 GROWS = Layout(name="2x1+1", stages=(("anna",), ("ben",)), late=("carl",))
 
 

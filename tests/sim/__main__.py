@@ -40,12 +40,17 @@ def main() -> int:
     return int(failed > 0)
 
 
+def counts(world: World) -> str:
+    found = [len(division.layers) for division in world.rules.divisions]
+    return f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])
+
+
 def summary(world: World, seconds: float) -> str:
     state = world.coordinator.state
     end = "lost" if world.lost else state.phase
     faults = ", ".join(f"{count} {name}" for name, count in sorted(world.faults.counts.items()))
     return (
-        f"seed {world.seed}: {world.size} machines, {len(world.rules.layers)} stages, {end} at step"
+        f"seed {world.seed}: {world.size} machines, {counts(world)} stages, {end} at step"
         f" {state.committed.step} of {world.config.steps}, generation {state.generation},"
         f" {world.watch.commits} commits, {world.kernel.events} events, {world.kernel.now:.0f} s"
         f" in {seconds:.2f} s; {faults or 'no fault'}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from potluck.coordinator import run
 from potluck.coordinator.events import PlanIssued, Rerouted, RolledBack
+from potluck.coordinator.planning import known_marks
 from potluck.coordinator.standstill import shifted
 from potluck.coordinator.state import (
     Command,
@@ -127,6 +128,8 @@ class Watch:
             else:
                 hold(new.plan.generation > self.now.generation, f"generation {new.plan.generation} is used twice")
                 self.drafts[new.plan.generation] = new.plan
+        if new.undivided is not None and state.undivided is None:
+            self._divided(new.undivided, new.committed)
         if isinstance(what, Said):
             if what.report.seq and what.peer in state.members:
                 session = state.members[what.peer].session
@@ -225,6 +228,8 @@ class Watch:
                     elif not self.belief_is_old:
                         self._donors(plan)
                     self.points.clear()
+                    if plan.parts and plan.origin != "init":
+                        self.reach(f"from {len(plan.parts)} stages to {len(plan.stages)}")
                 case Point(step=step, train=train):
                     hold((step, train is None) not in self.points, f"a second point of step {step} in one generation")
                     self.points.add((step, train is None))
@@ -239,10 +244,15 @@ class Watch:
                     hold(row.peer in self.plans[row.generation].peers, f"{row.peer} holds leases, and is lost")
             hold(live & (live + 1) == 0, "samples are skipped: neither leased nor committed")
 
+    def _divided(self, before: Mark, after: Mark) -> None:
+        """The same round in other stages: every layer is what it was."""
+        old, new = ([self.contents[d].layers for d in mark.digests] for mark in (before, after))
+        hold(sum(old, ()) == sum(new, ()), f"step {after.step}: the new stages hold other layers than were committed")
+
     def _donors(self, plan: Plan) -> None:
         """Who is to give a state has it."""
         members = self.world.coordinator.state.members
-        for stage in plan.stages if plan.origin != "init" else ():
+        for stage in (plan.parts or plan.stages) if plan.origin != "init" else ():
             hold(stage.donors, "a stage without donors")
             for donor in stage.donors:
                 worker, member = self.world.machines[donor.peer].worker, members.get(donor.peer)
@@ -288,13 +298,15 @@ class Watch:
             content = self.contents.get(digest)
             hold(content, f"step {mark.step}: nobody ever made what stage {stage} commits")
             assert content
-            wrong = "" if content.counters == once(mark.sample) else spell(content.counters, mark.sample)
-            hold(not wrong, f"step {mark.step}, stage {stage}: {wrong}")
+            hold((content.first, content.first + len(content.layers)) == plan.layers[stage], "another stage's layers")
+            for layer in content.layers:
+                wrong = "" if layer.counters == once(mark.sample) else spell(layer.counters, mark.sample)
+                hold(not wrong, f"step {mark.step}, stage {stage}: {wrong}")
             for replica in plan.replicas[stage]:
                 worker = self.world.machines[replica.peer].worker
                 local = worker.engine.local if worker else None
                 if worker and local and worker.process.alive and local.generation == plan.generation:
-                    point = mark.savepoint(stage, self.world.rules.layers[stage])
+                    point = mark.savepoint(stage, plan.layers[stage])
                     held = worker.points.memory.get(point)
                     what = f"step {mark.step}: {replica.peer} of stage {stage} does not hold what is committed"
                     hold(held and held.content.name == digest, what)
@@ -302,9 +314,9 @@ class Watch:
 
     def _uncommitted(self, step: int) -> None:
         state = self.world.coordinator.state
-        older = [m for m in state.marks if m.step == step]
+        older = [m for m in known_marks(state) if m.step == step]
         hold(not step or (older and self.world.held(older)), f"back to step {step}, which nobody holds")
-        self.dropped += [m for m in (state.committed, *state.marks) if m.step > step]
+        self.dropped += [m for m in known_marks(state) if m.step > step]
         self.belief_is_old = True
         self.rows = [r for r in self.rows if r.is_committed and r.step < step]
         self.world.trace("ledger", f"back to step {step}")

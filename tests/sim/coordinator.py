@@ -302,8 +302,8 @@ class Coordinator:
         return True
 
     def _assemble(self, step: int) -> None:
-        if len(self._arrived) == len(self.world.rules.layers):
-            assert self.hub
+        assert self.hub and self.hub.state.plan
+        if len(self._arrived) == len(self.hub.state.plan.stages):
             folder = self.disk.path.parent / "checkpoints" / f"step-{step:08d}"
             folder.mkdir(parents=True, exist_ok=True)
             self.hub.put(Uploaded(step=step, path=str(folder)))

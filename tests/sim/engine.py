@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from potluck.protocol.errors import UnreachableError
 from potluck.protocol.frames import Kind
 from potluck.protocol.plan import SavePoint
 from potluck.worker import engine as engine_module
+from potluck.worker import origin as origin_module
 from potluck.worker import pipeline as pipeline_module
 from potluck.worker.boundary import EVAL, TRAIN, Seat
 from potluck.worker.engine import Engine
@@ -36,20 +37,16 @@ OWNERS = 2  # of shards, at most
 
 
 class Vector:
-    """A flat vector of weights: how often each sample is in it, and, of a reference, the name of how it was made."""
+    """A flat vector of weights that train: how often each sample is in them."""
 
-    def __init__(self, counters: Counters = 0, name: bytes = b"") -> None:
-        self.counters, self.name = counters, name
+    def __init__(self, counters: Counters = 0) -> None:
+        self.counters = counters
 
     def clone(self) -> Vector:
-        return Vector(self.counters, self.name)
+        return Vector(self.counters)
 
-    def copy_(self, other: Vector) -> None:
-        self.counters, self.name = other.counters, other.name
-
-    @property
-    def content(self) -> Content:
-        return Content(self.counters, self.name)
+    def copy_(self, other: Vector | Content) -> None:
+        self.counters = other.counters
 
 
 class Tensor:
@@ -104,8 +101,7 @@ class SimStage:
 
     def __init__(self, worker: Worker, first: int, last: int) -> None:
         self.worker, self.first, self.last = worker, first, last
-        number = worker.world.rules.layers.index((first, last))
-        self.g = Vector(0, b"init-%d" % number)
+        self.g = Content.beginning(first, last)
         self.x = Vector()
         self.grad: Counters = 0
         self.module = Module(self)
@@ -115,10 +111,10 @@ class SimStage:
         self.grad = 0
 
     def state(self, point: SavePoint, *, pending: int = 0) -> State:
-        return State(point=point, content=self.g.content, delta=self.x.counters - self.g.counters, pending=pending)
+        return State(point=point, content=self.g, delta=self.x.counters - self.g.counters, pending=pending)
 
     def load(self, state: State) -> None:
-        self.g = Vector(state.content.counters, state.content.name)
+        self.g = state.content
         self.x = Vector(state.content.counters + state.delta)
         self.grad = 0
 
@@ -284,7 +280,7 @@ def apply(stage: Any, outcome: Outcome, *, late: bool) -> None:
     content = outcome.state.content
     stage.worker.world.watch.applied(stage.worker.peer, content)
     stage.x.counters = stage.x.counters + outcome.shift if late else content.counters
-    stage.g = Vector(content.counters, content.name)
+    stage.g = content
 
 
 class Views:
@@ -345,7 +341,7 @@ class SimEngine(Engine):
         return SimStage(self.worker, *layers)
 
     def _take_seat(self, plan: Any, view: View) -> None:
-        fiber.sleep(self.worker.rng.uniform(0.05, 0.5))
+        fiber.sleep(self.worker.rng.uniform(0.05, 20.0 if plan.parts else 0.5))
         super()._take_seat(plan, view)
 
     def _save_round(self, state: Any) -> None:
@@ -356,6 +352,13 @@ class SimEngine(Engine):
 @contextmanager
 def patched(world: World) -> Iterator[None]:
     """Engines compute with counters while this is open."""
+
+    def divided(parts: Sequence[State], layers: tuple[int, int], _: object) -> State:
+        content, made = Content.divided([part.content for part in parts], layers), parts[0].point
+        world.watch.made(content)
+        point = replace(made, first_layer=layers[0], last_layer=layers[1], digest=content.name)
+        return State(point=point, content=content)
+
     clock = SimpleNamespace(perf_counter=lambda: world.kernel.now, sleep=fiber.sleep)
     with ExitStack() as stack:
         for module, name, value in (
@@ -365,6 +368,7 @@ def patched(world: World) -> Iterator[None]:
             (engine_module, "apply", apply),
             (engine_module, "digest", lambda vector: vector.name),
             (engine_module, "time", clock),
+            (origin_module, "divided", divided),
             (pipeline_module, "time", clock),
         ):
             stack.enter_context(patch.object(module, name, value))

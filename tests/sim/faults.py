@@ -137,8 +137,7 @@ class Faults:
             stage: Any = machine.worker.engine.stage
             if stage and stage.g.name in self.world.watch.contents:  # else there is no digest to see it by
                 self.world.trace(machine.peer, "its memory rots")
-                rotten = stage.g.content.rotten(self.rng.randrange(1 << 30))
-                stage.g.counters, stage.g.name = rotten.counters, rotten.name
+                stage.g = stage.g.rotten(self.rng.randrange(1 << 30))
 
     def hang(self) -> None:
         machine = self.some()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from potluck.coordinator import planning, run
+from potluck.coordinator import planning, resume, run
 from potluck.coordinator.hub import Hub, Item
 from potluck.coordinator.losses import Losses
 from potluck.coordinator.planning import Start
@@ -31,7 +31,7 @@ REPORTS = ("ready", "step_done", "round_done", "eval_done", "saved", "fault")
 real_take, real_tell, real_step, real_said = Hub._take, Hub._tell, run.step, Turn.said
 real_round_done, real_store, real_plan = Turn.round_done, Store.__init__, planning.make_plan
 real_meta, real_step_done, real_go_on, real_begin = Store.meta, Turn.step_done, Losses.go_on_without, Machine.begin
-real_trained, real_backward = Content.trained, Pipeline._backward
+real_trained, real_backward, real_divided = Content.trained, Pipeline._backward, Content.divided
 real_finish, real_is_committed = Engine._finish_pending, Engine._is_committed
 
 
@@ -115,7 +115,7 @@ def any_holders(rules: Rules, state: RunState, mark: Mark) -> list[list[str]]:
             for p, m in sorted(state.members.items())
             if any((s.kind, s.step, s.first_layer) == ("round", mark.step, first) for s in m.savepoints)
         ]
-        for first, _ in rules.layers
+        for first, _ in (rules.division(mark.stages).layers if mark.digests else ())
     ]
 
 
@@ -208,6 +208,16 @@ def made_by_chance(self: Content, generation: int, step: int, deltas: Mapping[st
     return real_trained(self, generation, step, dict(list(deltas.items())[: max(1, len(deltas) - 1)]))
 
 
+def taken_twice(parts: Any, layers: tuple[int, int]) -> Content:
+    """Where the layers are divided anew, a stage's last one is made of the one before it."""
+    found = real_divided(parts, layers)
+    return replace(found, layers=(*found.layers[:-1], found.layers[0]))
+
+
+def forgotten_division(state: RunState) -> None:
+    """A restart forgets in what stages the last round is held since the layers were divided anew."""
+
+
 def plant(*where: tuple[Any, str, Any]) -> Callable[[], AbstractContextManager[Any]]:
     @contextmanager
     def planted() -> Iterator[None]:
@@ -241,5 +251,7 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "a round of any attempt counts": plant((Turn, "round_done", of_any_attempt)),
     "a lost replica keeps its leases": plant((Losses, "go_on_without", not_let_again)),
     "who is away has no deadline": plant((Turn, "give_up", waited_for_ever)),
+    "a layer is taken twice": plant((Content, "divided", taken_twice)),
+    "a restart forgets the division": plant((resume, "divided_of", forgotten_division)),
     "reports are said only once": plant((Reports, "welcomed", said_once)),
 }

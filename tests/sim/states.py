@@ -93,13 +93,16 @@ class SimJoiner:
 
     def take(self, point: SavePoint, stage: int, donors: Sequence[str], stopped: Callable[[], bool]) -> State | None:
         self.follow(None)
-        layers, self._layers = self._layers, None
-        if layers != (point.first_layer, point.last_layer):
+        if self._layers != (point.first_layer, point.last_layer):
             return None
         try:
-            return self._states.fetch(Wanted(point=point, stage=stage, size=0), donors, stopped, REDO_SECONDS)
+            return self._states.fetch(Wanted(point=point, size=0), donors, stopped, REDO_SECONDS)
         except WireError:
             return None
+
+    def let_go(self) -> None:
+        self.follow(None)
+        self._layers = None
 
     async def _work(self) -> None:
         worker = self._worker

@@ -1,6 +1,6 @@
 """What takes the place of weights: counters of how often each sample is in them, and a name of how they were made.
 
-A stage's content is a vector with one counter for each sample of the run, packed into one integer of 4 bits a sample,
+A layer's content is a vector with one counter for each sample of the run, packed into one integer of 4 bits a sample,
 so that "the mean of the differences is added to the reference" is an addition here as well. Two contents with the same
 counters differ if they were made differently, as real weights would: their name is a hash of their history.
 """
@@ -8,10 +8,11 @@ counters differ if they were made differently, as real weights would: their name
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from potluck.protocol.plan import SavePoint
 
@@ -44,22 +45,50 @@ def spell(counters: Counters, limit: int) -> str:
     return "; ".join(f"{n} times: samples {at[:6]}{'...' if len(at) > 6 else ''}" for n, at in found.items())
 
 
+class Layer(NamedTuple):
+    """What one layer's weights are made of, and how."""
+
+    counters: Counters
+    name: bytes
+
+
 @dataclass(frozen=True)
 class Content:
-    """Reference weights of a stage."""
+    """Reference weights of a stage, layer by layer from ``first`` on."""
 
-    counters: Counters = 0
-    name: bytes = b""
+    first: int
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def beginning(cls, first: int, last: int) -> Content:
+        return cls(first, tuple(Layer(0, b"init-%d" % layer) for layer in range(first, last)))
+
+    @cached_property
+    def name(self) -> bytes:
+        return hashlib.blake2b(b"".join(layer.name for layer in self.layers), digest_size=8).digest()
+
+    @property
+    def counters(self) -> Counters:
+        return self.layers[0].counters
 
     def trained(self, generation: int, step: int, deltas: Mapping[str, Counters]) -> Content:
         """After a round to which the replicas brought ``deltas``."""
-        hashed = hashlib.blake2b(self.name, digest_size=8)
-        hashed.update(repr((generation, step, sorted(deltas.items()))).encode())
-        return Content(self.counters + sum(deltas.values()), hashed.digest())
+        how = repr((generation, step, sorted(deltas.items()))).encode()
+        total = sum(deltas.values())
+        names = (hashlib.blake2b(layer.name + how, digest_size=8).digest() for layer in self.layers)
+        made = (Layer(layer.counters + total, name) for layer, name in zip(self.layers, names, strict=True))
+        return replace(self, layers=tuple(made))
 
     def rotten(self, salt: int) -> Content:
         name = hashlib.blake2b(b"%d" % salt, digest_size=8).digest()
-        return Content(self.counters + (1 << (BITS * (salt % 64))), name)
+        layer = Layer(self.counters + (1 << (BITS * (salt % 64))), name)
+        return replace(self, layers=(layer, *self.layers[1:]))
+
+    @classmethod
+    def divided(cls, parts: Sequence[Content], layers: tuple[int, int]) -> Content:
+        """Of ``layers``, taken from stages that had them."""
+        known = {part.first + i: layer for part in parts for i, layer in enumerate(part.layers)}
+        return cls(layers[0], tuple(known[layer] for layer in range(*layers)))
 
 
 @dataclass(frozen=True, kw_only=True)

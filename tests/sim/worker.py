@@ -33,6 +33,7 @@ class Machine:
     def __init__(self, world: World, peer: str, rng: random.Random) -> None:
         self.world, self.peer, self.rng = world, peer, rng
         self.speed = rng.choice([0.5, 1.0, 1.0, 2.0])
+        self.memory_gb = rng.choice([1.0, 1.0, 2.0, 4.0])  # a layer needs 1 where it is counted at all
         self.disk: dict[SavePoint, State] = {}
         self.worker: Worker | None = None
         self.hang_until = 0.0  # it computes nothing, and says that it is well
@@ -230,6 +231,7 @@ class Worker:
             peer=self.peer,
             name=self.peer,
             speed=self.machine.speed,
+            memory_gb=self.machine.memory_gb,
             addresses=(self.session.decode(),),
             session=self.session,
             savepoints=frozenset(self.points.points()),

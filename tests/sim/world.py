@@ -13,8 +13,10 @@ from pathlib import Path
 
 from manifests import MANIFEST
 
+from potluck.coordinator.assignment import StageNeed
+from potluck.coordinator.planning import known_marks
 from potluck.coordinator.service import rules_of
-from potluck.coordinator.state import Mark
+from potluck.coordinator.state import Division, Mark
 from potluck.protocol.config import (
     CheckpointConfig,
     CoordinatorConfig,
@@ -22,6 +24,7 @@ from potluck.protocol.config import (
     ModelConfig,
     PipelineConfig,
     RunConfig,
+    StageRange,
     SyncConfig,
 )
 
@@ -48,7 +51,7 @@ def a_config(rng: random.Random, size: int) -> RunConfig:
         steps=rng.randint(6, 20) if size < 50 else rng.randint(3, 6),
         model=ModelConfig(d_model=8, layers=4, heads=1, rotary_dim=2, seq_len=8),
         pipeline=PipelineConfig(
-            stages=stages,
+            stages=StageRange(min=1, max=4) if rng.random() < 0.5 else stages,
             microbatches=rng.choice([1, 2]),
             microbatch_size=rng.choice([1, 2]),
             quorum=rng.choice([1, 1, 2]),
@@ -65,6 +68,12 @@ def a_config(rng: random.Random, size: int) -> RunConfig:
             prepare_seconds=rng.choice([0.0, 30.0]),
         ),
     )
+
+
+def evened(division: Division, layer_gb: float) -> Division:
+    """As of a deep model: every layer asks for the same, the head for nothing; else it needs most peers."""
+    layers = [last - first for first, last in division.layers]
+    return replace(division, needs=tuple(StageNeed(work=1.0 * n, memory_gb=layer_gb * n) for n in layers))
 
 
 def a_size(rng: random.Random) -> int:
@@ -96,8 +105,10 @@ class World:
         self.size = a_size(rng)
         self.config, self.manifest = a_config(rng, self.size), MANIFEST
         self.rules = replace(rules_of(self.config, MANIFEST), reroutes=rng.random() < 0.9)
-        if self.rng_checks.random() < 0.5:  # stages of equal work, as in a deep model: else the head's needs most peers
-            self.rules = replace(self.rules, needs=(self.rules.needs[0],) * len(self.rules.needs))
+        if len(self.rules.divisions) > 1 or self.rng_checks.random() < 0.5:
+            divisions, layer_gb = self.rules.divisions, 1.0 if len(self.rules.divisions) > 1 else 0.1
+            self.rules = replace(self.rules, divisions=tuple(evened(d, layer_gb) for d in divisions))
+        self.rules = replace(self.rules, divide_seconds=self.rng_checks.choice([0.0, 0.0, 10.0]))
         self.rules = replace(self.rules, move_seconds=self.rng_checks.choice([0.0, 0.0, 10.0]))
         self.eagerness = self.rng_checks.choice([0.2, 0.02])  # of volunteers to start a worker again that was killed
         self.machines: dict[str, Machine] = {}
@@ -186,13 +197,13 @@ class World:
         state = self.coordinator.state
         if state.committed.kind == "init":
             return True
-        return self.held((state.committed, *state.marks))
+        return self.held(known_marks(state))
 
     def held(self, marks: Iterable[Mark]) -> bool:
         """Whether somebody holds one of ``marks`` for every stage."""
         held = [{*m.disk, *(m.worker.points.memory if m.worker and m.alive else ())} for m in self.machines.values()]
         return any(
-            all(any(mark.savepoint(i, layers) in h for h in held) for i, layers in enumerate(self.rules.layers))
+            all(any(point in h for h in held) for point in mark.savepoints(self.rules.division(mark.stages)))
             for mark in marks
         )
 

@@ -9,6 +9,7 @@ from potluck.coordinator import events as ev
 from potluck.coordinator.assignment import StageNeed
 from potluck.coordinator.run import step
 from potluck.coordinator.state import (
+    Division,
     Input,
     Joined,
     Journal,
@@ -29,8 +30,9 @@ RULES = Rules(
     name="test",
     seed=1,
     steps=20,
-    layers=LAYERS,
-    needs=(StageNeed(work=1.0, memory_gb=1.0), StageNeed(work=1.0, memory_gb=2.0)),
+    divisions=(
+        Division(layers=LAYERS, needs=(StageNeed(work=1.0, memory_gb=1.0), StageNeed(work=1.0, memory_gb=2.0))),
+    ),
     microbatches=2,
     microbatch_size=3,
     sync=Sync(every=4),

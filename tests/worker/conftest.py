@@ -16,7 +16,7 @@ from potluck.protocol import control_pb2 as pb
 from potluck.protocol.config import RunConfig
 from potluck.protocol.frames import Frame
 from potluck.protocol.manifest import Manifest
-from potluck.protocol.plan import Plan, stage_parameters
+from potluck.protocol.plan import Plan, Shape
 from potluck.worker.checkpoint import SavePoints
 from potluck.worker.control import view_from
 from potluck.worker.engine import Engine
@@ -80,12 +80,11 @@ class LocalWorker:
         self.state = "loading"
         self.mailbox, self.views, self.points = Mailbox(), Views(), SavePoints(folder)
         self.links = MemoryLinks(peer, local, self.mailbox)
-        self.states = States(RUN_NAME, self.points, lambda stage: local.rules.layers[stage], self.links.post, 0.0)
-        sizes = [stage_parameters(a, b, 4, d_model=32, vocab_size=300) for a, b in local.rules.layers]
-        self.states.prepare(local.config, sizes, self.report)
+        self.states = States(RUN_NAME, self.points, self.links.post, 0.0)
+        shape = Shape.of(local.config.model, 300)
+        self.states.prepare(local.config, shape, self.report)
         if local.config.checkpoint.keepers:
-            keeper = Keeper(local.config, local.rules.layers, sizes, folder, self.report)
-            self.states.keep(keeper, 300)
+            self.states.keep(Keeper(local.config, shape, folder, self.report))
         config = EngineConfig(run=local.config, manifest=local.manifest, run_name=RUN_NAME, peer=peer)
         self.engine = Engine(config, self.views, self.links, self.mailbox, self.states, self)
         self.error: BaseException | None = None
@@ -108,8 +107,10 @@ class LocalWorker:
         return self.local.folder
 
     def publish(self, step: int, stage: int, data: bytes) -> None:
+        plan = self.links.plan
+        assert plan is not None
         self.local.published.setdefault(step, {})[stage] = data
-        if len(self.local.published[step]) == len(self.local.rules.layers):
+        if len(self.local.published[step]) == len(plan.stages):
             self.local.put(state.Uploaded(step=step, path="memory"))
 
 

@@ -6,57 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
+from plain_loop import adamw, stock_model, train_step
 from transformers import GPTJForCausalLM
 
 from potluck.coordinator import events
-from potluck.protocol.config import RunConfig
-from potluck.protocol.manifest import Manifest
 from potluck.worker.data import Dataset
-from potluck.worker.model import StageModule, hf_config
-from potluck.worker.stage import learning_rate
-
-
-def stock_model(config: RunConfig, manifest: Manifest) -> GPTJForCausalLM:
-    """Transformers' own GPT-J with the run's initial weights."""
-    model = GPTJForCausalLM(hf_config(config.model, manifest.vocab_size, manifest.eos_id))
-    whole = StageModule(config.model, manifest.vocab_size, 0, config.model.layers, config.seed)
-    model.load_state_dict(whole.state_dict())
-    return model
-
-
-def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    c = config.optimizer
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=c.lr,
-        betas=(c.beta1, c.beta2),
-        eps=c.eps,
-        weight_decay=c.weight_decay,
-        fused=True,
-    )
-
-
-def train_step(
-    model: GPTJForCausalLM, optimizer: torch.optim.AdamW, data: Dataset, config: RunConfig, step: int, start: int
-) -> tuple[float, int]:
-    """One ordinary step over the microbatches from sample ``start`` on; (summed loss, targets)."""
-    size, loss_sum, targets = config.pipeline.microbatch_size, 0.0, 0
-    optimizer.zero_grad()
-    for m in range(config.pipeline.microbatches):
-        first = start + m * size
-        inputs_BT, targets_BT = data.batch(range(first, first + size), config.seed)
-        logits = model(inputs_BT, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
-        loss.backward()
-        loss_sum += float(loss.detach())
-        targets += targets_BT.numel()
-    for p in model.parameters():
-        p.grad.div_(targets)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config.optimizer, config.steps, step)
-    optimizer.step()
-    return loss_sum, targets
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
@@ -185,7 +139,8 @@ def test_export_gives_the_runs_own_logits(local_run, make_config, corpus_folder,
         done.append(path)
 
     async def publish() -> None:
-        publisher = Publisher(tmp_path / "out", folder, config, manifest, ours.rules.layers, arrived)
+        publisher = Publisher(tmp_path / "out", folder, config, manifest, arrived)
+        publisher.begin(3, 1, ours.rules.divisions[0].layers)
         for stage, data in ours.published[3].items():
             publisher.part(3, stage).write_bytes(data)
             await publisher.arrived(3, stage)

@@ -36,7 +36,7 @@ def replicas(ours, stage: int) -> list[str]:
 def has_caught_up(ours, stages: Sequence[int]) -> bool:
     """Whether somebody has told the coordinator that it keeps the newest round of each of these stages."""
     mark = ours.machine.committed
-    wanted = [mark.savepoint(s, ours.rules.layers[s]) for s in stages]
+    wanted = [mark.savepoint(s, ours.rules.divisions[0].layers[s]) for s in stages]
     return all(any(w in m.held for m in ours.machine.members.values()) for w in wanted)
 
 
@@ -147,7 +147,7 @@ def test_a_keeper_that_missed_a_round_fetches_the_next(local_run, make_config, m
     assert fetched
     rebuilt = 0
     for worker in ours.workers.values():
-        again = keepers.Keeper(config, ours.rules.layers, keeper.sizes, worker.states.points.folder, print)
+        again = keepers.Keeper(config, keeper.shape, worker.states.points.folder, print)
         for stage in again._stages.values():
             for point in stage.kept.points:
                 assert stage.kept.rebuild(point) is not None

@@ -277,13 +277,13 @@ def test_recent_rounds_lead_on_from_a_state(make_crew):
     recent.most_nbytes = 1 << 20
     entries = [crew.round()[0] for _ in range(4)]
     for entry in entries[:3]:
-        recent.add(2, entry)
-    assert Entry.decode(recent.after(StateName(1, 1, 2))) == entries[1]
-    assert recent.after(StateName(1, 3, 2)) is None
-    assert recent.after(StateName(1, 1, 0)) is None
+        recent.add((2, 3), entry)
+    assert Entry.decode(recent.after(StateName(1, 1, 2, 3))) == entries[1]
+    assert recent.after(StateName(1, 3, 2, 3)) is None
+    assert recent.after(StateName(1, 1, 0, 2)) is None
     recent.most_nbytes = len(entries[3].encode()) + 1
-    recent.add(2, entries[3])
-    assert recent.after(StateName(1, 0, 2)) == entries[3].encode()
+    recent.add((2, 3), entries[3])
+    assert recent.after(StateName(1, 0, 2, 3)) == entries[3].encode()
 
 
 # Who keeps what.

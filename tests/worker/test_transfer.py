@@ -60,7 +60,7 @@ class Market:
             self.desk.put(peer, changed)
 
     def fetch(self, folder: Path, wanted: State, **more: object) -> State:
-        want = Wanted(point=wanted.point, stage=1, size=SIZE, moments=bool(more.pop("moments", True)))
+        want = Wanted(point=wanted.point, size=SIZE, moments=bool(more.pop("moments", True)))
         limit = more.pop("limit", None) or Bucket(0.0)
         self.newest = Fetch(want, list(self.donors), self.desk, folder, limit, **more)  # type: ignore[arg-type]
         return self.newest.run()
@@ -230,13 +230,13 @@ def test_a_killed_fetch_goes_on_where_it_was(market, tmp_path):
 def test_what_nobody_asked_for_does_not_come_in(market):
     desk = market().desk
     with pytest.raises(WireError, match="not asked for"):
-        desk.put("a", inv.frame(Kind.STATE, RUN, StateName(1, 2, 0), PieceName(Part.G, 0), b"x"))
+        desk.put("a", inv.frame(Kind.STATE, RUN, StateName(1, 2, 0, 1), PieceName(Part.G, 0), b"x"))
 
 
 def test_one_peer_cannot_keep_a_donor_busy():
     gate = threading.Event()
     donor = Donor(RUN, lambda _: gate.wait(10.0) and None, lambda _: None, lambda peer, frame: None, Bucket(0.0))
-    request = inv.frame(Kind.STATE_REQUEST, RUN, StateName(1, 2, 0), PieceName(Part.G, 0)).header
+    request = inv.frame(Kind.STATE_REQUEST, RUN, StateName(1, 2, 0, 1), PieceName(Part.G, 0)).header
     for _ in range(MOST_REQUESTS):
         donor.ask("a", request)
     with pytest.raises(WireError, match="too much"):  # the thread may have taken one of them
