@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,16 @@ def leave(ours, peer: str) -> None:
     ours.put(Said(peer=peer, report=pb.Up(seq=1, leaving=pb.Leaving())))
 
 
+def look(ours, condition) -> None:
+    """Ticks until it holds: a division is looked for at ticks, and only while a generation trains."""
+    for _ in range(1200):
+        ours.put(Tick())
+        if condition():
+            return
+        time.sleep(0.05)
+    ours.wait(lambda: False)
+
+
 def is_at(ours, stages: int) -> bool:
     plan = ours.machine.plan
     return plan is not None and len(plan.stages) == stages and ours.machine.committed.generation == plan.generation
@@ -60,8 +71,7 @@ def test_two_stages_then_three_and_back_equal_the_plain_loop(
     ours = running(local_run, make_config, monkeypatch, steps, lambda n: min(n, 3), checkpoint=checkpoint)
     ours.join("c")
     ours.workers["c"].states.joiner.follow = lambda prospect: None  # a newcomer's moments may be some rounds old
-    ours.put(Tick())
-    ours.wait(lambda: is_at(ours, 3))
+    look(ours, lambda: is_at(ours, 3))
     leave(ours, "c")
     ours.wait(lambda: is_at(ours, 2))
     ours.finish()
@@ -89,8 +99,7 @@ def test_replicas_of_new_stages_agree_and_rounds_stay_compressed(local_run, make
     sync = {"preset": "potluck", "every": 4, "delay": 1}
     ours = running(local_run, make_config, monkeypatch, 60, lambda n: 2 if n < 6 else 3, sync=sync)
     ours.join("c", "d", "e", "f")
-    ours.put(Tick())
-    ours.wait(lambda: is_at(ours, 3))
+    look(ours, lambda: is_at(ours, 3))
     ours.finish()
     assert not ours.seen(events.RoundRefused) and not ours.seen(events.RolledBack)
     assert [len(stage) for stage in ours.machine.plan.replicas] == [2, 2, 2]
@@ -111,8 +120,7 @@ def test_who_dies_while_it_fetches_costs_nothing(local_run, make_config, monkeyp
     ours.on_post = posted
     ours.join("c")
     ours.workers["c"].states.joiner.follow = lambda prospect: None
-    ours.put(Tick())
-    ours.wait(lambda: bool(committed))
+    look(ours, lambda: bool(committed))
     ours.wait(lambda: is_at(ours, 2) and ours.machine.committed.step > committed[0].step)
     ours.finish()
     assert len(ours.seen(events.DivisionFailed)) == 1
@@ -133,8 +141,7 @@ def test_replicas_that_make_different_stages_do_not_begin(local_run, make_config
         report(**body)
 
     worker.report = lies
-    ours.put(Tick())
-    ours.wait(lambda: bool(ours.seen(events.DivisionFailed)))
+    look(ours, lambda: bool(ours.seen(events.DivisionFailed)))
     assert ours.seen(events.RoundRefused)
     ours.rules = replace(ours.rules, divisions=ours.rules.divisions[:1])
     ours.finish()
