@@ -197,6 +197,7 @@ def test_a_division_that_nobody_can_hold_any_more_is_left_after_patience() -> No
     commands = run.round(run.state.end)
     [event] = journaled(commands, ev.Redivided)
     assert event.after == LAYERS and "nobody is left" in event.text, "at once: who leaves gives what it has"
+    assert not any(run.released(p) for p in leaving), "they give it first"
     assert run.plan.peers == {"a", "b"} and set(leaving) <= {d.peer for p in run.plan.parts for d in p.donors}
 
 
