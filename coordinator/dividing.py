@@ -49,9 +49,11 @@ class Dividing(Moves):
             return
         if self.now < state.whole_until or self.now - state.looked < LOOK_SECONDS:
             return
+        if any(m.away is not None for m in state.members.values()):  # for a moment: no reason to think again
+            return
         self.set(looked=self.now)
         best = better_division(self.rules, state)
-        if best is None or state.committed.kind != "round" or any(m.away is not None for m in state.members.values()):
+        if best is None or state.committed.kind != "round":
             self.set(redivide=None)
             return
         since = wish.since if wish is not None and wish.stages == best.stages else self.now
@@ -64,7 +66,8 @@ class Dividing(Moves):
             why = wish.why if wish is not None and wish.begun else "nobody is left who can hold one of the stages"
             before = tuple((p.first_layer, p.last_layer) for p in plan.parts)
             self.journal(ev.Redivided(generation=plan.generation, before=before, after=plan.layers, why=why))
-        self.set(redivide=None)
+        if plan.parts or (wish is not None and wish.begun):
+            self.set(redivide=None)
         self.moved()
 
     def undivide(self, why: str) -> None:

@@ -115,9 +115,10 @@ def look(path: Path, read: Callable[[Snapshot], T]) -> T:
         before = stamp(path)
         try:
             found = _look(path, logged=before[0], read=read)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite's own words quote damaged bytes
             if before[0] or stamp(path) == before:
-                raise refused(path, error) from None
+                known = error if isinstance(error, sqlite3.Error) else sqlite3.DatabaseError("its schema is not text")
+                raise refused(path, known) from None
         else:
             if before[0] or stamp(path) == before:  # else a coordinator has begun to write meanwhile
                 return found

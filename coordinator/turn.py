@@ -305,7 +305,7 @@ def needed(state: RunState, peer: str) -> bool:
     plan = state.plan
     if plan is None or state.phase in ("waiting", "finished", "stopped"):
         return False
-    donors = {d.peer for s in plan.stages for d in s.donors} if state.phase == "preparing" else set()
+    donors = {d.peer for s in (*plan.stages, *plan.parts) for d in s.donors} if state.phase == "preparing" else set()
     return peer in plan.peers or peer in donors
 
 

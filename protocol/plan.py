@@ -109,6 +109,11 @@ class Plan:
         return tuple((s.first_layer, s.last_layer) for s in self.stages)
 
     @property
+    def everybody(self) -> list[Replica]:
+        """All that were seated, and who holds the state that the plan starts from."""
+        return [r for s in (*self.stages, *self.parts) for r in (*s.replicas, *s.donors)]
+
+    @property
     def attempt(self) -> int:
         """How often the generation had to go on without somebody: rounds of another attempt do not count."""
         return len(self.lost)

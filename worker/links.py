@@ -113,8 +113,7 @@ class Links:
         replicas: list[Replica] = list(self._guests)
         if self.plan is not None:
             gone = {lost.peer for lost in self.plan.lost}
-            parts = (r for s in self.plan.stages for r in (*s.replicas, *s.donors))
-            replicas += [r for r in parts if r.peer not in gone]
+            replicas += [r for r in self.plan.everybody if r.peer not in gone]
         moved = {r.peer for r in replicas if self._addresses.get(r.peer, r.addresses) != r.addresses}
         self._addresses = {r.peer: r.addresses for r in replicas}
         for lane in [x for x in self._tasks if x[0] not in self._addresses or x[0] in moved]:

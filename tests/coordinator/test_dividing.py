@@ -103,6 +103,18 @@ def test_another_division_must_stay_better_for_a_while() -> None:
     assert run.state.redivide is None and not run.state.closing
 
 
+def test_a_plan_made_meanwhile_does_not_begin_the_wait_anew() -> None:
+    run = begun("a", "b")
+    run.join("c", "d", memory_gb=1.0)
+    look(run, 15.0)
+    since = run.state.redivide.since  # type: ignore[union-attr]
+    run.say("a", fault=pb.Fault(generation=1, text="it broke"))
+    assert run.plan.generation == 2 and run.state.redivide is not None and run.state.redivide.since == since
+    run.ready()
+    look(run, 10.0)
+    assert run.state.redivide.begun
+
+
 def test_the_next_plan_says_what_its_stages_are_made_of() -> None:
     run = begun("a", "b")
     old = run.seats
@@ -197,6 +209,7 @@ def test_a_division_that_nobody_can_hold_any_more_is_left_after_patience() -> No
     commands = run.round(run.state.end)
     [event] = journaled(commands, ev.Redivided)
     assert event.after == LAYERS and "nobody is left" in event.text, "at once: who leaves gives what it has"
+    assert not any(run.released(p) for p in leaving), "they give it first"
     assert run.plan.peers == {"a", "b"} and set(leaving) <= {d.peer for p in run.plan.parts for d in p.donors}
 
 

@@ -367,3 +367,13 @@ def test_flipped_bytes_end_in_a_report_or_a_clear_error(
     place.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
     with contextlib.suppress(StateError):
         verify(place).lines()
+
+
+def test_a_schema_that_is_no_text_is_damage(kept: dict[str, Path], tmp_path: Path) -> None:
+    place, content = tmp_path / "run.sqlite", kept["lost"].read_bytes()
+    damaged = content.replace(b"CREATE TABLE ledger", b"CREAT\x80 TABLE ledger")
+    assert damaged != content
+    place.write_bytes(damaged)
+    with pytest.raises(StateError) as caught:
+        verify(place)
+    assert caught.value.code == "damaged"

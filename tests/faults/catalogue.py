@@ -8,7 +8,7 @@ from dataclasses import replace
 from potluck.protocol.failpoints import Action, Do
 
 from .roles import Times
-from .scenario import DIVIDES, GROWS, ONE, THREE, TWO, Expect, Fault, Layout, Mode, Scenario, Trouble
+from .scenario import DIVIDES, GROWS, ONE, THIRDS, THREE, TWO, Expect, Fault, Layout, Mode, Scenario, Trouble
 
 SHORT = Times(silence_seconds=2.0, heartbeat_seconds=0.5, give_up_seconds=2.0)
 SLOW = (  # words of what CI leaves out
@@ -248,13 +248,15 @@ def divisions() -> Iterator[Scenario]:
         "times": Times(divide_seconds=0.0),
     }
     yield Scenario(layout=DIVIDES, expect="divided", ci=True, **more)  # type: ignore[arg-type]
+    leaves = Trouble(where="carl", mode="interrupt")  # and gives its part to two stages that are left
+    yield Scenario(layout=THIRDS, troubles=(leaves,), expect="divided", ci=True, **more)  # type: ignore[arg-type]
     for name in ("anna", "ben", "carl"):
         for point in ("worker.seat.fetch", "worker.seat.fetched", "worker.seat.taken"):
             hit = 1 if name == "carl" else 2
             ci = (name, point) in (("carl", "worker.seat.fetched"), ("anna", "worker.seat.taken"))
-            yield at(DIVIDES, name, point, "kill", hit, "divided", ci=ci, **more)  # type: ignore[arg-type]
-    yield at(DIVIDES, "ben", "worker.state.serve", "kill", 1, "divided", **more)  # type: ignore[arg-type]
-    yield at(DIVIDES, "coordinator", "coordinator.plan.issued", "kill", 2, "divided", ci=True, **more)  # type: ignore[arg-type]
+            yield at(DIVIDES, name, point, "kill", hit, "any", ci=ci, **more)  # type: ignore[arg-type]
+    yield at(DIVIDES, "ben", "worker.state.serve", "kill", 1, "any", **more)  # type: ignore[arg-type]
+    yield at(DIVIDES, "coordinator", "coordinator.plan.issued", "kill", 2, "any", ci=True, **more)  # type: ignore[arg-type]
 
 
 def lines() -> Iterator[Scenario]:

@@ -76,6 +76,7 @@ ONE = Layout(name="2x1", stages=(("anna",), ("ben",)))
 TWO = Layout(name="2x2", stages=(("anna", "dora"), ("ben", "carl")))
 THREE = Layout(name="2+3", stages=(("anna", "dora"), ("ben", "carl", "erin")))
 DIVIDES = Layout(name="2..3x1+1", stages=(("anna",), ("ben",)), late=("carl",))
+THIRDS = Layout(name="2..3x1", stages=(("anna",), ("ben",), ("carl",)))
 GROWS = Layout(name="2x1+1", stages=(("anna",), ("ben",)), late=("carl",))
 
 

@@ -146,7 +146,7 @@ class SimLinks(Links):
     def _reach(self) -> None:
         plan = self.plan
         gone = {lost.peer for lost in plan.lost} if plan else set()
-        parts = [r for s in plan.stages for r in (*s.replicas, *s.donors) if r.peer not in gone] if plan else []
+        parts = [r for r in plan.everybody if r.peer not in gone] if plan else []
         addresses = {r.peer: r.addresses for r in (*self._guests, *parts)}
         self.paths = {
             lane: path for lane, path in self.paths.items() if addresses.get(lane[0]) == self._addresses.get(lane[0])
