@@ -2,6 +2,7 @@
 
     python -m benchmarks.links efficiency      share of the unlimited line's speed that it keeps, by line
     python -m benchmarks.links contest         time to the same loss, against others: benchmarks/rivals/requirements.txt
+    python -m benchmarks.links churn           throughput kept while machines lose power and come back, scaled time
     python -m benchmarks.links schedule        the order of a step against the best possible
     python -m benchmarks.links report          docs/BENCHMARKS.md from what the others have found
 
@@ -21,7 +22,7 @@ from typing import Any
 
 from benchmarks.netlab.profiles import PROFILES
 
-from . import contest, report
+from . import churn, contest, report
 from .runs import Failed, measure, read_trace
 from .scale import LAYOUTS, SETTINGS
 from .schedule import best, even, one_f_one_b, replay, uneven
@@ -96,6 +97,24 @@ def compete(options: argparse.Namespace) -> dict[str, Any]:
     return {"outcomes": found}
 
 
+def survive(options: argparse.Namespace) -> dict[str, Any]:
+    """The same run with more and more of its machines going in an hour."""
+    rows: list[dict[str, Any]] = report.load(DOCS).get("churn", {}).get("rows", [])
+    for share in (0.0, *options.shares):
+        with tempfile.TemporaryDirectory() as name:
+            how = {"seconds": options.seconds, "seed": options.seed, "folder": Path(name)}
+            try:
+                row = asdict(churn.endure(PROFILES[options.line], LAYOUTS[options.layout], share, **how))
+            except Failed as error:
+                print(f"{share:.0%}: {error}")
+                continue
+        key = (row["layout"], row["profile"], share)
+        rows = [r for r in rows if (r["layout"], r["profile"], r["share_per_hour"]) != key] + [row]
+        report.save(DOCS, "churn", {"rows": rows})
+        print(row, flush=True)
+    return {"rows": rows}
+
+
 def schedules(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step whose stages take a second a microbatch, by our rule, by 1F1B, and at best."""
     rows = []
@@ -132,12 +151,19 @@ def main() -> None:
     two.add_argument("--steps", type=int, default=150, help="at most")
     two.add_argument("--every", type=int, default=10, help="steps between looks at the held-out loss")
     two.add_argument("--seconds", type=float, default=240.0, help="of training, at most")
+    four = parts.add_parser("churn", help="throughput kept while machines lose power and come back")
+    four.add_argument("--shares", nargs="+", type=float, default=[0.10, 0.33, 1.0], help="of the machines, an hour")
+    four.add_argument("--line", default="home-fibre", choices=sorted(PROFILES))
+    four.add_argument("--layout", default="2x2", choices=sorted(LAYOUTS))
+    four.add_argument("--seconds", type=float, default=390.0, help="of training: 390 are an hour of 2x2's real run")
+    four.add_argument("--seed", type=int, default=1)
     three = parts.add_parser("schedule", help="the order of a step against the best possible")
     three.add_argument("--nodes", type=int, default=50_000, help="of the search, at most, before a bound is told")
     parts.add_parser("report", help="docs/BENCHMARKS.md")
     options = parser.parse_args()
     if options.part != "report":
-        {"efficiency": efficiency, "contest": compete, "schedule": schedules}[options.part](options)
+        run = {"efficiency": efficiency, "contest": compete, "churn": survive, "schedule": schedules}
+        run[options.part](options)
     report.write(DOCS)
     print(json.dumps({"written": "docs/BENCHMARKS.md"}))
 

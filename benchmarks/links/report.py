@@ -209,6 +209,26 @@ What they said on the way:
 """
 
 
+def churn(found: dict[str, Any]) -> str:
+    rows = []
+    for r in found["rows"]:
+        same = (r["layout"], r["profile"], 0.0)
+        calm = next((c for c in found["rows"] if (c["layout"], c["profile"], c["share_per_hour"]) == same), None)
+        kept = "-" if calm is None else f"{r['samples_per_second'] / calm['samples_per_second'] / r['up']:.2f}"
+        wrong = f"{len(r['problems'])} problems" if r["problems"] else "0, 0"
+        cells = [f"{r['share_per_hour']:.0%}", r["layout"], r["profile"], str(r["deaths"]), f"{r['up']:.2f}"]
+        rows.append([*cells, f"{r['samples_per_second']:.2f}", kept, wrong])
+    heads = ["lost an hour", "layout", "line", "deaths", "mean share up", "samples/s", "kept", "samples lost, twice"]
+    return f"""## Under churn
+
+Machines lose power (SIGKILL, line cut) and come back after five minutes in the mean, in scaled time, one seed. *Kept*:
+committed samples/s over those of the run without deaths times the mean share of machines that were up. *Samples lost,
+twice*: as `potluck ledger verify` proves from the run's file. Compute is calibrated waiting here, too.
+
+{table(heads, rows, 3)}
+"""
+
+
 def schedule(found: dict[str, Any]) -> str:
     rows = [
         [
@@ -240,6 +260,8 @@ def write(docs: Path) -> None:
         parts += [f"Emulation: {how}.\n", efficiency(found["efficiency"]), critical(found["efficiency"])]
     if "contest" in found:
         parts.append(contest(found["contest"]))
+    if "churn" in found:
+        parts.append(churn(found["churn"]))
     if "schedule" in found:
         parts.append(schedule(found["schedule"]))
     (docs / "BENCHMARKS.md").write_text("\n".join(parts))

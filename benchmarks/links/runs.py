@@ -131,6 +131,7 @@ class Crew:
         self.lab, self.config, self.pace, self.count, self.folder = lab, config, pace, count, folder
         self.processes: dict[str, subprocess.Popen[Any]] = {}
         self._database: sqlite3.Connection | None = None
+        self._ticket = ""
 
     def start(self) -> None:
         path, ready, place = self.folder / "run.yaml", self.folder / "ready.json", self.folder / "coordinator"
@@ -141,16 +142,35 @@ class Crew:
         deadline = time.monotonic() + START_SECONDS
         while not ready.exists():
             self._look(deadline)
-        ticket = json.loads(ready.read_text())["ticket"]
+        self._ticket = json.loads(ready.read_text())["ticket"]
         for i in range(1, 1 + self.count):
-            trace, home = self.folder / f"w{i}.trace", self.folder / f"w{i}"
-            host = [sys.executable, "-m", "benchmarks.links.host", json.dumps(self.pace), str(trace), "--"]
-            join = ["worker", "join", ticket, "--threads", "1", "--host", self.lab.address(i), "--name", f"w{i}"]
-            self._popen(f"w{i}", i, [*host, *join, "--data-dir", str(home), "--state-mbps", "0"])
+            self.join(i)
+
+    def join(self, host: int) -> None:
+        """Starts the worker of a host, or starts it again."""
+        trace, home = self.folder / f"w{host}.trace", self.folder / f"w{host}"
+        start = [sys.executable, "-m", "benchmarks.links.host", json.dumps(self.pace), str(trace), "--"]
+        join = [
+            "worker",
+            "join",
+            self._ticket,
+            "--threads",
+            "1",
+            "--host",
+            self.lab.address(host),
+            "--name",
+            f"w{host}",
+        ]
+        self._popen(f"w{host}", host, [*start, *join, "--data-dir", str(home), "--state-mbps", "0"])
+
+    def kill(self, host: int) -> None:
+        process = self.processes.pop(f"w{host}")
+        process.kill()
+        process.wait()
 
     def _popen(self, name: str, host: int, argv: list[str]) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        with (self.folder / f"{name}.log").open("w") as log:
+        with (self.folder / f"{name}.log").open("a") as log:
             self.processes[name] = self.lab.popen(
                 host, argv, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
             )
