@@ -1,6 +1,7 @@
 """What a replica owns: its layers' weights as one flat vector, the shared reference, and its local AdamW.
 
-``x`` are the weights that train, ``g`` the reference that all replicas of the stage share bit for bit.
+``x`` are the weights that train, ``g`` the reference that all replicas of the stage share bit for bit. It is never
+written to, only replaced, so that a :class:`State` may hold it without a copy.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Stage:
 
         return State(
             point=point,
-            g=copy(self.g),
+            g=self.g.detach().cpu(),
             x=copy(self.x),
             m=copy(self.m),
             v=copy(self.v),
@@ -140,7 +141,7 @@ class Stage:
 
     def load(self, state: State) -> None:
         """Takes over a state made for the same layers."""
-        self.g.copy_(state.g)
+        self.g = state.g.to(self.device)
         self.x.copy_(state.g if state.x is None else state.x)
         for own, kept in ((self.m, state.m), (self.v, state.v)):
             own.zero_() if kept is None else own.copy_(kept)

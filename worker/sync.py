@@ -322,7 +322,7 @@ def apply(stage: Stage, outcome: Outcome, *, late: bool) -> None:
     """Puts a round into the weights: exactly if nothing trained since its capture, else as a shift (``late``)."""
     state = outcome.state
     assert state.x is not None
-    stage.g.copy_(state.g)
+    stage.g = state.g.to(stage.device)
     if late:
         stage.x.add_(outcome.shift.to(stage.device))
     else:

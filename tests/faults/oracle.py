@@ -254,7 +254,7 @@ class Oracle:
                     yield "wait"
                 assert captured is not None
                 after, before = outcomes[seat.peer], captured.state
-                stage.g.copy_(after.g)
+                stage.g = after.g
                 if op["late"]:
                     stage.x.add_(vector_of(after) - vector_of(before))
                 else:
