@@ -7,7 +7,8 @@ second of the step is on the path once, as one of
     compute PEER       forward or backward
     encode PEER        codecs, between computing and the line, and behind it
     wire PEER -> PEER  from handing over to arriving: the line's queue, its rate, its latency
-    update PEER        the optimizer, the capture of a round, waiting for a round or for the coordinator
+    update PEER        the optimizer
+    round PEER         between two steps: the capture of a round, waiting for a round that is due, or for leases
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ class Records:
             if source is None or source[0] <= free + CLOSE_SECONDS:
                 if before is None or before["step"] != step:
                     if op["t"] > begun:
-                        out.append(Segment(what="update", peer=peer, start=begun, end=op["t"]))
+                        out.append(Segment(what="encode", peer=peer, start=begun, end=op["t"]))
+                    if step - 1 in self.steps[peer]:
+                        ended = self.steps[peer][step - 1]["end"]
+                        out.append(Segment(what="round", peer=peer, start=ended, end=begun))
                     return out
                 if op["t"] - before["end"] > CLOSE_SECONDS:
                     out.append(Segment(what="encode", peer=peer, start=before["end"], end=op["t"]))

@@ -127,14 +127,14 @@ def critical(found: dict[str, Any]) -> str:
         if path := c.get("path"):
             total = sum(seconds for label, seconds in path.items() if " " not in label)
             lines = sorted(((s, x) for x, s in path.items() if x.startswith("wire ")), reverse=True)
-            kinds = [f"{path.get(k, 0.0):.2f}" for k in ("compute", "encode", "wire", "update")]
+            kinds = [f"{path.get(k, 0.0):.2f}" for k in ("compute", "encode", "wire", "update", "round")]
             slowest = f"{lines[0][1].removeprefix('wire ')} ({lines[0][0]:.2f})" if lines else "-"
             rows.append([c["layout"], c["profile"], c["setting"], f"{total:.2f}", *kinds, slowest])
-    heads = ["layout", "line", "settings", "step", "compute", "encode", "wire", "update", "most of it waits for"]
+    heads = ["layout", "line", "settings", "step", "compute", "encode", "wire", "update", "round", "slowest line"]
     return f"""## Where the time goes
 
-Seconds of a mean step on its critical path, found by walking back from its end (`benchmarks/links/path.py`). *Update*
-is the optimizer, the capture of a round, and waiting for a round that is due.
+Seconds of a mean step on its critical path, found by walking back from its end (`benchmarks/links/path.py`). *Round* is
+what lies between two steps: the capture of a round, and waiting for one that is due.
 
 ![a step's critical path](critical-path.png)
 
