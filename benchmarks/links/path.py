@@ -149,7 +149,15 @@ def draw(records: Records, step: int, path: Sequence[Segment], out: Path, title:
         for op in records.ops[peer]:
             if op["step"] == step:
                 color = "#4c78a8" if op["op"] == "forward" else "#9ecae9"
-                axes.barh(row[peer], op["end"] - op["t"], left=op["t"] - start, height=0.5, color=color)
+                axes.barh(
+                    row[peer],
+                    op["end"] - op["t"],
+                    left=op["t"] - start,
+                    height=0.5,
+                    color=color,
+                    edgecolor="white",
+                    linewidth=0.4,
+                )
     for segment in path:
         a, b = segment.start - start, segment.end - start
         if segment.to:
