@@ -115,7 +115,7 @@ def ours(name: str, line_name: str, *, steps: int, every: int, seconds: float, t
     config = run_config(steps, every, **OURS[name])
     there = line(line_name).after(UNLIMITED)
     block = PACE / (REAL.layers + 1)
-    pace = {"forward": block / 3, "backward": 2 * block / 3, "compute": True}
+    pace = {"forward": block / 3, "backward": 2 * block / 3, "head": 1.0, "compute": True}
     pace |= {"bytes": BYTES_FACTOR, "time": TIME_FACTOR}
     hosts = range(1, 1 + WORKERS)
     with Lab(there, hosts=1 + WORKERS) as lab:

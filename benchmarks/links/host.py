@@ -2,8 +2,8 @@
 
     python -m benchmarks.links.host PACE TRACE -- worker join ...
 
-``PACE`` is a JSON object: ``forward`` and ``backward``, in seconds a microbatch for each of the stage's blocks (and
-for the head, which counts for one); ``compute``, whether it computes for real and then sleeps until its seconds are
+``PACE`` is a JSON object: ``forward`` and ``backward``, in seconds a microbatch for each of the stage's blocks, and
+``head``, how many blocks the output head counts for; ``compute``, whether it computes for real and then sleeps until its seconds are
 over (else it only sleeps, and passes on noise); ``time`` and ``bytes``, by which time is shorter and frames smaller
 than in the run that this one stands for (1: not). A line ``late`` tells of what took longer than it should.
 
@@ -64,7 +64,7 @@ def calibrate(pace: dict[str, float], trace: Trace) -> None:
 
     from potluck.worker.model import StageModule
 
-    blocks = [0]
+    blocks = [0.0]
 
     def until(start: float, seconds: float) -> None:
         left = start + seconds - time.monotonic()
@@ -74,7 +74,7 @@ def calibrate(pace: dict[str, float], trace: Trace) -> None:
             trace.add(op="late", t=start, seconds=-left)
 
     def forward(start: float, end: float, result: Any, module: StageModule, *_: Any) -> None:
-        blocks[0] = len(module.blocks) + module.is_last
+        blocks[0] = len(module.blocks) + pace["head"] * module.is_last
         until(start, pace["forward"] * blocks[0])
 
     def backward(start: float, end: float, result: Any, *_: Any) -> None:

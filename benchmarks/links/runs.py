@@ -54,6 +54,7 @@ def pace(layout: Layout) -> dict[str, Any]:
     return {
         "forward": block / 4,
         "backward": block / 2,
+        "head": layout.head,
         "compute": False,
         "bytes": layout.bytes_factor,
         "time": layout.time_factor,
@@ -63,7 +64,7 @@ def pace(layout: Layout) -> dict[str, Any]:
 def plain_tokens_per_second(layout: Layout) -> float:
     """Of one such machine that trains the whole model by itself, no line anywhere: by calculation from the pace."""
     per_block = 2 * pace(layout)["forward"] + pace(layout)["backward"]
-    return layout.seq_len / ((layout.layers + 1) * per_block)
+    return layout.seq_len / ((layout.layers + layout.head) * per_block)
 
 
 def measure(profile: Profile, layout: Layout, setting: str, *, steps: int, warmup: int, folder: Path) -> Cell:

@@ -69,6 +69,11 @@ class Layout:
         return 8 * weights * SEQ_LEN / (UTILISATION * self.card.tflops * 1e12)
 
     @property
+    def head(self) -> float:
+        """Blocks of the small model that its head counts for: GPT-J's is as much work as one of its own."""
+        return GPTJ["vocab"] * GPTJ["d_model"] / BLOCK_WEIGHTS * self.layers / GPTJ["layers"]
+
+    @property
     def bytes_factor(self) -> float:
         return self.seq_len * self.width / (SEQ_LEN * GPTJ["d_model"])
 
