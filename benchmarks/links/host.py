@@ -3,9 +3,10 @@
     python -m benchmarks.links.host PACE TRACE -- worker join ...
 
 ``PACE`` is a JSON object: ``forward`` and ``backward``, in seconds a microbatch for each of the stage's blocks, and
-``head``, how many blocks the output head counts for; ``compute``, whether it computes for real and then sleeps until its seconds are
-over (else it only sleeps, and passes on noise); ``time`` and ``bytes``, by which time is shorter and frames smaller
-than in the run that this one stands for (1: not). A line ``late`` tells of what took longer than it should.
+``head``, how many blocks the output head counts for; ``compute``, whether it computes for real and then sleeps until
+its seconds are over (else it only sleeps, and passes on noise); ``time`` and ``bytes``, by which time is shorter and
+frames smaller than in the run that this one stands for (1: not). A line ``late`` tells of what took longer than it
+should.
 
 ``TRACE`` gets one JSON line for everything that happened, in seconds of the machine's monotonic clock, which all hosts
 share. Nothing of potluck knows of this: functions are wrapped from outside.
