@@ -20,7 +20,7 @@ from typing import Protocol
 from ..protocol.channel import Channel
 from ..protocol.errors import PotluckError, UnreachableError, WireError
 from ..protocol.failpoints import failpoint_async
-from ..protocol.frames import Frame, Header, Kind
+from ..protocol.frames import MESSAGE_NBYTES, Frame, Header, Kind
 from ..protocol.plan import Plan, Replica
 from ..protocol.transport import Transport
 from .inventory import RAW
@@ -53,6 +53,7 @@ def load_of(kind: Kind) -> Load:
     return Load.BOUNDARY if kind in BOUNDARY else Load.STATE if kind in STATES else Load.ROUND
 
 
+LEAST_NBYTES = 3 * MESSAGE_NBYTES  # of rounds and states that may always be in flight before one more message goes
 QUEUE_SECONDS = 0.1  # that rounds and states may add to what a microbatch waits for the line, beside a round trip
 Lane = tuple[str, Load]  # to a peer
 
@@ -169,7 +170,7 @@ class Links:
         """Bytes of rounds and states that may be in flight, all together, before one more message goes."""
         paths = [c.path() for c in self._channels.values()]
         moments = [p.bytes_per_second * (QUEUE_SECONDS + (p.rtt_seconds or 0)) for p in paths if p.bytes_per_second]
-        return max(moments, default=0.0)
+        return max([LEAST_NBYTES, *moments])
 
     async def _send_all(self, lane: Lane, outbox: asyncio.Queue[Frame]) -> None:
         """A lane's life: dials when there is something to send, and again after a channel that ended at rest.

@@ -127,6 +127,7 @@ def scale(bytes_factor: float, time_factor: float) -> None:
 
     frames.MESSAGE_NBYTES = max(LEAST_MESSAGE_NBYTES, round(frames.MESSAGE_NBYTES * bytes_factor))
     flow.ACK_NBYTES = max(LEAST_MESSAGE_NBYTES // 2, round(flow.ACK_NBYTES * bytes_factor))
+    links.LEAST_NBYTES = 3 * frames.MESSAGE_NBYTES
     links.GIVE_WAY_SECONDS *= time_factor
     links.QUEUE_SECONDS *= time_factor
 
