@@ -66,7 +66,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1
 
 
 def efficiency(found: dict[str, Any]) -> str:
-    cells = found["cells"]
+    order = list(PROFILES)
+    cells = sorted(found["cells"], key=lambda c: (c["layout"], c["setting"], order.index(c["profile"])))
     base = {(c["layout"], c["setting"]): c for c in cells if c["profile"] == "unlimited" and "failed" not in c}
     out = []
     for layout in sorted({c["layout"] for c in cells}):
@@ -123,7 +124,8 @@ handed over more than 1 ms late: more than a per cent or two of either says that
 
 def critical(found: dict[str, Any]) -> str:
     rows = []
-    for c in found["cells"]:
+    order = list(PROFILES)
+    for c in sorted(found["cells"], key=lambda c: (c["layout"], c["setting"], order.index(c["profile"]))):
         if path := c.get("path"):
             total = sum(seconds for label, seconds in path.items() if " " not in label)
             lines = sorted(((s, x) for x, s in path.items() if x.startswith("wire ")), reverse=True)
