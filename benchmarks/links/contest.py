@@ -6,6 +6,7 @@ is as hard for what exchanges weights is as hard for what exchanges activations.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,8 @@ def line(name: str) -> Profile:
 
 
 def ours(name: str, line_name: str, *, steps: int, every: int, seconds: float, target: float, folder: Path) -> Outcome:
-    """Trains until the target, the last step or the limit. The clock begins when training does, and does not stop for
-    evaluations."""
+    """Trains until the target, the last step or the limit. The clock begins once the untrained model is evaluated and
+    published, with the first steps, and does not stop for later evaluations."""
     config = run_config(steps, every, **OURS[name])
     there = line(line_name).after(UNLIMITED)
     block = PACE / (REAL.layers + 1)
@@ -125,11 +126,12 @@ def ours(name: str, line_name: str, *, steps: int, every: int, seconds: float, t
         crew = Crew(lab, config, pace, WORKERS, folder)
         try:
             crew.start()
-            crew.until(lambda: crew.rows("SELECT 1 FROM events WHERE kind = 'TrainingStarted'"))
+            crew.until(lambda: crew.rows("SELECT 1 FROM points WHERE heldout IS NOT NULL"))
             for i in hosts:
                 lab.set(i, there.line(i))
                 quicken(lab, i, TIME_FACTOR)
-            began = crew.rows("SELECT time FROM events WHERE kind = 'TrainingStarted'")[0][0]
+            began = time.time()
+            first = max(crew.times(), default=0)
             before = sum(lab.sent(i) for i in hosts)
             crew.until(lambda: is_over(crew, began, steps, seconds, target), patience=seconds + 60)
             sent = sum(lab.sent(i) for i in hosts) - before
@@ -140,13 +142,13 @@ def ours(name: str, line_name: str, *, steps: int, every: int, seconds: float, t
             crew.stop()
     done, last = max(times), max(times.values())
     points = [(t - began, loss) for t, _, loss in heldout]
-    samples = done * MICROBATCHES * 2
+    samples = (done - first) * MICROBATCHES * 2
     return Outcome(
         name=name,
         line=line_name,
         seconds=last - began,
         steps=done,
-        seconds_per_step=(last - times[2]) / (done - 2) if done > 2 else None,
+        seconds_per_step=(last - times[first + 2]) / (done - first - 2) if done > first + 2 else None,
         to_target=next((t for t, loss in points if loss <= target), None),
         loss=points[-1][1] if points else None,
         sent_per_sample=sent / samples,
