@@ -201,9 +201,10 @@ class Links:
                             if load is not Load.BOUNDARY:
                                 channel.gate = functools.partial(self._give_way, load)
                             ended = asyncio.create_task(channel.recv())  # nobody answers: it ends with the channel
-                        await failpoint_async(
-                            "worker.link.state.send" if load is Load.STATE else "worker.link.send", UnreachableError
-                        )
+                        if load is Load.STATE:
+                            await failpoint_async("worker.link.state.send", UnreachableError)
+                        else:
+                            await failpoint_async("worker.link.send", UnreachableError)
                         await channel.send(frame)
                 except PotluckError as error:
                     if load is Load.STATE or self.plan is None or generation == self.plan.generation:
@@ -257,11 +258,12 @@ class Links:
                 header = None
                 frame = await channel.recv()
                 header = frame.header
-                state = header.kind in STATES
-                await failpoint_async("worker.link.state.receive" if state else "worker.link.receive", WireError)
-                if state:
+                if header.kind in STATES:
+                    await failpoint_async("worker.link.state.receive", WireError)
                     self.on_state(channel.peer_id, frame)
-                elif not self.mailbox.put(Address.of(header, channel.peer_id), frame):
+                    continue
+                await failpoint_async("worker.link.receive", WireError)
+                if not self.mailbox.put(Address.of(header, channel.peer_id), frame):
                     raise WireError("it sends more than anybody asked for")
         except WireError as error:
             channel.abort(error)

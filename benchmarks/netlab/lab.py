@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import shutil
@@ -148,7 +149,7 @@ class Lab:
     def popen(self, host: int, argv: Sequence[str | os.PathLike[str]], **kwargs: Any) -> subprocess.Popen[Any]:
         """``subprocess.Popen`` in a host, in a session of its own; killed if the thread that called this ends."""
         command = [*self._enter[host], *(os.fspath(word) for word in argv)]
-        kwargs = {"preexec_fn": die_with_us, "start_new_session": True, **kwargs}
+        kwargs = {"preexec_fn": functools.partial(die_with, os.getpid()), "start_new_session": True, **kwargs}
         process = subprocess.Popen(command, **kwargs)
         self._processes.append(process)
         return process
@@ -202,9 +203,12 @@ class Lab:
         return load["packets"], load["late"]
 
 
-def die_with_us() -> None:
+def die_with(parent: int) -> None:
+    """In a child that has just been forked: it is killed when its parent ends, also if that has ended already."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def allow_cubic() -> None:

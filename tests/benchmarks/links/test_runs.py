@@ -29,7 +29,7 @@ def test_a_run_behind_home_lines_and_where_its_time_went(tmp_path: Path) -> None
     records = Records({path.stem: read_trace(path) for path in sorted(tmp_path.glob("*.trace"))})
     assert sorted(records.stage.values()) == [0, 1]
     path = records.path(3)
-    assert {"compute", "wire"} <= {segment.what for segment in path}
+    assert {"compute", "update"} <= {segment.what for segment in path}
     for later, earlier in itertools.pairwise(path):
         assert earlier.start <= earlier.end and abs(earlier.end - later.start) <= 2 * CLOSE_SECONDS, (earlier, later)
     before = [steps[2]["end"] for steps in records.steps.values()]
