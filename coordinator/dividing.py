@@ -47,7 +47,7 @@ class Dividing(Moves):
         state, wish = self.state, self.state.redivide
         if len(self.rules.divisions) == 1 or state.phase != "training" or state.closing or state.stop_asked:
             return
-        if self.now < state.whole_until or self.now - state.looked < LOOK_SECONDS:
+        if self.now < state.whole_until or not (self.are_uncompared() or self.now - state.looked >= LOOK_SECONDS):
             return
         if any(m.away is not None for m in state.members.values()):  # for a moment: no reason to think again
             return

@@ -112,8 +112,13 @@ class Moves(Losses):
 
         late = self.now - self.state.last_join >= self.rules.prepare_seconds
         if new:
-            return late or all(has_stage(p) for p in new if p in stages)
+            return late or (all(has_stage(p) for p in new if p in stages) and not self.are_uncompared())
         return move is not None and move.peer in stages and has_stage(move.peer)
+
+    def are_uncompared(self) -> bool:
+        """Whether somebody joined since divisions of the layers were compared: with him, another may be better."""
+        state = self.state
+        return len(self.rules.divisions) > 1 and state.looked < state.last_join and self.now >= state.whole_until
 
     def settled(self) -> bool:
         return self.now - self.state.last_join >= self.rules.settle_seconds

@@ -229,6 +229,11 @@ class Oracle:
             elif what == "update":
                 if op["targets"] != targets:
                     self.problems.append(f"{seat.peer[:8]} divides by {op['targets']} targets, it has {targets}")
+                for what, vector in (("x", stage.x), ("grad", stage.grad)):
+                    if (
+                        op[what] != digest(vector).hex() and not self.problems
+                    ):  # the first one: what it leads to follows
+                        self.problems.append(f"{seat.peer[:8]} has another {what} before update {stage.updates}")
                 stage.update(targets)
                 targets = 0
             elif what == "capture":

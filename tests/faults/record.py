@@ -5,7 +5,8 @@ One line per operation, written before it is done, so that whatever another work
 ``seat``      a generation begins: plan, place, and a file with the optimizer's part of the state it starts from
 ``forward``   of a lane, with the peer that its activation came from
 ``backward``  of a lane, with the peer that its gradient came from
-``update``    of the optimizer, with everything since the last one
+``update``    of the optimizer, with everything since the last one: digests of weights and gradient before it, so that
+              what differs is found where it begins
 ``capture``   of a round: the attempt, and the replicas that are in it
 ``void``      a round that was captured does not count, because somebody is lost: its samples go into the next
 ``apply``     of a finished round
@@ -42,7 +43,7 @@ def record(path: Path) -> None:
     from potluck.worker import engine
     from potluck.worker.engine import Engine
     from potluck.worker.pipeline import Pipeline
-    from potluck.worker.stage import Stage
+    from potluck.worker.stage import Stage, digest
     from potluck.worker.sync import Synchronizer
 
     out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -92,7 +93,11 @@ def record(path: Path) -> None:
             return {"op": name[1:], "step": lane.step, "m": lane.m, "by": neighbour(self, lane.m, by)}
 
         before(Pipeline, name, way, note)
-    before(Stage, "update", lambda self, targets: {"op": "update", "targets": targets}, note)
+
+    def update(self: Stage, targets: int) -> dict[str, Any]:
+        return {"op": "update", "targets": targets, "x": digest(self.x).hex(), "grad": digest(self.grad).hex()}
+
+    before(Stage, "update", update, note)
     before(
         Synchronizer,
         "capture",
