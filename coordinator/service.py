@@ -24,15 +24,18 @@ from ..protocol.errors import ConfigError, IdentityError, StateError
 from ..protocol.identity import lock
 from ..protocol.manifest import TOKENS_FILE, Manifest
 from ..protocol.plan import Shape
+from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
-from ..protocol.tls import Certificate, join_address, start_server
+from ..protocol.tls import Certificate, join_address, split_address, start_server
 from . import corpus, web
+from .addresses import is_local
 from .assignment import StageNeed
 from .board import Board
 from .doors import Doors
 from .events import RunOpened
 from .hub import Hub
 from .publish import Publisher
+from .relay import Relay
 from .resume import resumed
 from .state import Division, Journal, Mark, Rules, RunState, Unpublished, Uploaded
 from .store import Store
@@ -159,14 +162,21 @@ async def _running(
         publisher=publisher,
     )
     place = config.coordinator
+    others = [str(Spot.parse(text)) for text in place.relays]
+    relay = Relay(run_id, secret, certificate.fingerprint, peer_mbps=place.relay_peer_mbps)
+    handlers = [*doors.handlers(), *(relay.handlers() if place.relay else ())]
     port = place.port or store.meta("port", 0)
     try:
-        server, port = await start_server(place.host, port, doors.handlers(), certificate)
+        server, port = await start_server(place.host, port, handlers, certificate)
     except Exception:
         if place.port or not port:
             store.close()
             raise
-        server, port = await start_server(place.host, 0, doors.handlers(), certificate)
+        server, port = await start_server(place.host, 0, handlers, certificate)
+    address = advertised(place.advertise, place.host, port)
+    own = [str(Spot(address, certificate.fingerprint))] if place.relay else []
+    doors.welcome.relays.extend(own + others)
+    doors.lan = is_local(split_address(address)[0]) if place.lan is None else place.lan
     known = place.http_port or store.meta("http_port", 0)  # who has the page open finds it again
     try:
         try:
@@ -190,7 +200,6 @@ async def _running(
         except StateError as error:
             hub.put(Unpublished(step=state.publish, why=str(error)))
     await hub.start()
-    address = advertised(place.advertise, place.host, port)
     ticket = Ticket(
         url=address,
         fingerprint=certificate.fingerprint,

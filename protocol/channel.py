@@ -165,6 +165,11 @@ class Channel:
         await self._open(connect, self._config.dial_timeout)
         self._redial = asyncio.create_task(self._keep_open(connect))
 
+    def redial(self) -> None:
+        """Drop the pipe of a channel that dials, and go on with what it now gets: a better path is known."""
+        if self._redial is not None and self._session is not None:
+            self._session.cancel()
+
     async def accept(self, pipe: Pipe, hello: Hello) -> asyncio.Task[None]:
         """Go on with a pipe the peer dialled; an older one is dropped first. The task ends with the pipe."""
         if self._session is not None:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import ssl
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%a-z]{2,64}\]")
 _PORT = re.compile(r"[0-9]{1,5}")
 
@@ -106,6 +108,17 @@ class Certificate:
     def server_credentials(self) -> grpc.ServerCredentials:
         key = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return grpc.ssl_server_credentials([(key, self._certificate.public_bytes(Encoding.PEM))])
+
+    def server_context(self) -> ssl.SSLContext:
+        """For TLS inside another connection (``tunnel.py``)."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.num_tickets = 0  # nobody resumes
+        with tempfile.TemporaryDirectory() as folder:  # the ssl module reads files only
+            path = Path(folder) / "tls.pem"
+            write_private(path, self._pem)
+            context.load_cert_chain(path)
+        return context
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -31,7 +31,7 @@ from .squeeze import SUFFIX
 
 log = logging.getLogger(__name__)
 BOUNDARY = (Kind.ACTIVATION, Kind.GRADIENT, Kind.MISS)
-DIAL_SECONDS = 30.0  # for a peer to hear of the plan that we already know, or to answer over a line full of a round
+DIAL_SECONDS = 30.0  # for a peer to hear of the plan that we know, to be at a relay, or to answer over a full line
 STATES = (Kind.STATE_REQUEST, Kind.STATE, Kind.REDO)
 GIVE_WAY_SECONDS = 1.0  # that a message of a round or a state waits at most for what comes first
 OnState = Callable[[str, Frame], None]
@@ -239,7 +239,7 @@ class Links:
             try:
                 return await self._transport.dial(peer, self._addresses[peer])
             except UnreachableError as error:
-                if error.code not in ("admission", "silent") or asyncio.get_running_loop().time() > deadline:
+                if error.code not in ("admission", "silent", "absent") or asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(0.1)
 

@@ -26,6 +26,7 @@ from ..protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest
 from ..protocol.meter import Meter
 from ..protocol.pipe import ChannelConfig
 from ..protocol.plan import Shape
+from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
 from ..protocol.tls import Certificate
 from ..protocol.transport import TransportConfig
@@ -81,6 +82,14 @@ class Session:
             self.control.start(self.config.offer(addresses))
             welcome = await self.control.welcome
             failpoint("worker.joined")
+            transport.use_relays(self.relays(welcome), self.ticket.secret)
+            if addresses and not welcome.addresses:
+                how = (
+                    "through a relay"
+                    if welcome.relays
+                    else "nobody: this machine cannot be dialled, and the run has no relay"
+                )
+                self.say(f"other workers reach this one {how}")
             engine = self.engine(welcome)
             await asyncio.to_thread(warm, engine.config.run)
             thread = threading.Thread(target=compute, args=(engine, computed), name="engine", daemon=True)
@@ -111,6 +120,12 @@ class Session:
             await asyncio.to_thread(self.states.close)
             await self.links.close()
             await self.control.close()  # last: what the links cost to the end is in its last totals
+
+    def relays(self, welcome: pb.Welcome) -> list[Spot]:
+        """Of the run; the coordinator's own where we have dialled it ourselves."""
+        spots = [Spot.parse(text) for text in welcome.relays]
+        own = self.ticket.fingerprint
+        return [Spot(self.ticket.url, own) if spot.fingerprint == own else spot for spot in spots]
 
     def engine(self, welcome: pb.Welcome) -> Engine:
         """The computing side, for the run that the coordinator describes."""
