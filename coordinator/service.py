@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -26,7 +24,7 @@ from ..protocol.manifest import TOKENS_FILE, Manifest
 from ..protocol.plan import Shape
 from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
-from ..protocol.tls import Certificate, join_address, split_address, start_server
+from ..protocol.tls import Certificate, advertised, join_address, split_address, start_server
 from . import corpus, web
 from .addresses import is_local
 from .assignment import StageNeed
@@ -301,21 +299,3 @@ def corpus_folder(data_dir: Path) -> Path:
 
 def shown(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-
-
-def advertised(advertise: str, host: str, port: int) -> str:
-    """What workers dial: the configured name, or this machine's address on its network."""
-    if advertise:
-        name, _, own_port = advertise.rpartition(":")
-        return advertise if name and own_port.isdigit() else f"{advertise}:{port}"
-    with contextlib.suppress(ValueError):
-        if not ipaddress.ip_address(host).is_unspecified:
-            return join_address(host, port)
-    if host not in ("", "0.0.0.0", "::"):
-        return join_address(host, port)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: asks the routing table which address it would use
-            return join_address(probe.getsockname()[0], port)
-        except OSError:
-            return join_address("127.0.0.1", port)

@@ -344,15 +344,29 @@ class Traffic(_message.Message):
     dense_nbytes: int
     def __init__(self, peer: _Optional[str] = ..., direction: _Optional[str] = ..., purpose: _Optional[str] = ..., nbytes: _Optional[int] = ..., dense_nbytes: _Optional[int] = ...) -> None: ...
 
+class Link(_message.Message):
+    __slots__ = ("peer", "path", "rtt_seconds", "bytes_per_second")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    RTT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    path: str
+    rtt_seconds: float
+    bytes_per_second: float
+    def __init__(self, peer: _Optional[str] = ..., path: _Optional[str] = ..., rtt_seconds: _Optional[float] = ..., bytes_per_second: _Optional[float] = ...) -> None: ...
+
 class Heartbeat(_message.Message):
-    __slots__ = ("traffic", "state", "idle")
+    __slots__ = ("traffic", "links", "state", "idle")
     TRAFFIC_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     IDLE_FIELD_NUMBER: _ClassVar[int]
     traffic: _containers.RepeatedCompositeFieldContainer[Traffic]
+    links: _containers.RepeatedCompositeFieldContainer[Link]
     state: str
     idle: bool
-    def __init__(self, traffic: _Optional[_Iterable[_Union[Traffic, _Mapping]]] = ..., state: _Optional[str] = ..., idle: _Optional[bool] = ...) -> None: ...
+    def __init__(self, traffic: _Optional[_Iterable[_Union[Traffic, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., state: _Optional[str] = ..., idle: _Optional[bool] = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("token", "name", "offset")

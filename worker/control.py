@@ -23,6 +23,7 @@ from ..protocol.frames import Purpose
 from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
 from ..protocol.identity import Identity
 from ..protocol.meter import Meter
+from ..protocol.pipe import PathInfo
 from ..protocol.plan import Plan, Replica, SavePoint
 from ..protocol.ticket import Ticket
 from ..protocol.tls import dial_pinned
@@ -98,6 +99,7 @@ class Control:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.state = "loading"
         self.idle: Callable[[], bool] = lambda: True  # whether the computing thread waits for somebody
+        self.paths: Callable[[], dict[str, PathInfo]] = dict  # to the peers that it sends to
         self._loop = asyncio.get_running_loop()
         self._session = os.urandom(16)
         self._reports = Reports()
@@ -315,6 +317,12 @@ class Control:
                     dense_nbytes=t.dense_nbytes,
                 )
                 for t in self.meter.snapshot()
+            ],
+            links=[
+                pb.Link(
+                    peer=peer, path=p.kind, rtt_seconds=p.rtt_seconds or 0, bytes_per_second=p.bytes_per_second or 0
+                )
+                for peer, p in self.paths().items()
             ],
         )
 

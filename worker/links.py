@@ -21,6 +21,7 @@ from ..protocol.channel import Channel
 from ..protocol.errors import PotluckError, UnreachableError, WireError
 from ..protocol.failpoints import failpoint_async
 from ..protocol.frames import MESSAGE_NBYTES, Frame, Header, Kind
+from ..protocol.pipe import PathInfo
 from ..protocol.plan import Plan, Replica
 from ..protocol.transport import Transport
 from .inventory import RAW
@@ -120,6 +121,10 @@ class Links:
         for lane in [x for x in self._tasks if x[0] not in self._addresses or x[0] in moved]:
             self._tasks.pop(lane).cancel()
             self._outboxes.pop(lane, None)
+
+    def paths(self) -> dict[str, PathInfo]:
+        """How peers that we send to are reached, by the channel that boundary tensors take where there is one."""
+        return {peer: c.path() for (peer, _), c in sorted(self._channels.items(), reverse=True) if not c.closed}
 
     # For the computing threads.
 

@@ -61,6 +61,7 @@ class Session:
         self.links = Links(self.mailbox, self.on_state, self.fault)
         self.states = States(self.run_name, self.points, self.links.post, config.state_mbps)
         self.control = Control(ticket, identity, meter, self.points.points, self.follow, config.patience_minutes)
+        self.control.paths = self.links.paths
         self._checks: list[Callable[[Header], None]] = []
         self._told = ""
 
