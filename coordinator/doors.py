@@ -89,6 +89,7 @@ class Doors:
             async with asyncio.timeout(HELLO_SECONDS):
                 first = await anext(aiter(requests), None)
             member = self.check(first, nonce)
+            assert first is not None
         except PotluckError as error:
             yield pb.Down(refuse=pb.Refuse(code=error.code, text=str(error), hint=error.hint))
             return

@@ -67,12 +67,10 @@ class Channel:
         self._kind: PathKind = "direct"
         self._farewell: Bye | Trouble | None = None
         self._expiry: asyncio.TimerHandle | None = None
-        self._attached = False
-        self._wire_errors = 0
-        self._progress_at = _now()
+        self._attached = self._ack_due = False
+        self._wire_errors, self._progress_at = 0, _now()
         self._outbox = Outbox(config.send_window_nbytes)
         self._inbox = Inbox(config.receive_window_nbytes, config.max_frame_nbytes, config.check)
-        self._ack_due = False
 
     # What programs call.
 
@@ -234,8 +232,7 @@ class Channel:
             opened_at = _now()
             await asyncio.wait({self._session})
             lasted = self._progress_at >= opened_at or _now() - opened_at > config.last_backoff.total_seconds()
-            if lasted:
-                attempt = 0
+            attempt = 0 if lasted else attempt
             if lasted or not self._outbox:
                 down_at = _now()
             while self._ended is None and self._session.done():
