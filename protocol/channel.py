@@ -253,8 +253,7 @@ class Channel:
 
     def _hello(self) -> Hello:
         inbox = self._inbox
-        window = self._config.receive_window_nbytes
-        ack = inbox.ack()
+        window, ack = self._config.receive_window_nbytes, inbox.ack()
         return Hello(self.channel_id, self._attached, ack.received, inbox.partial_nbytes, ack.consumed, window)
 
     def _attach(self, pipe: Pipe, hello: Hello) -> asyncio.Task[None]:
