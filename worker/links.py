@@ -156,6 +156,10 @@ class Links:
             return True
         return self.plan is not None and frame.header.generation == self.plan.generation
 
+    async def give_way(self) -> None:
+        """For what goes to others than peers: it comes last, as states do."""
+        await self._give_way(Load.STATE)
+
     async def _give_way(self, load: Load) -> None:
         """Until nothing that comes before ``load`` is on its way, and of the rest no more than the line takes in a
         moment: what is in its queue goes before a microbatch that comes later. Or it was long enough."""

@@ -106,7 +106,7 @@ class LocalWorker:
     def corpus(self) -> Path:
         return self.local.folder
 
-    def publish(self, step: int, stage: int, data: bytes) -> None:
+    def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
         plan = self.links.plan
         assert plan is not None
         self.local.published.setdefault(step, {})[stage] = data
