@@ -42,7 +42,7 @@ class Files:
         """A file of the run by its SHA-256, into ``target``; goes on where it stopped, on the next connection too."""
         for left in reversed(range(FETCH_TRIES)):
             try:
-                await self._piece_by_piece(name, target)
+                await self._fetch(name, target)
                 return
             except UnreachableError as error:
                 if not left or self._is_over():

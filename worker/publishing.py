@@ -34,3 +34,6 @@ def upload(
         except PotluckError as error:
             log.warning("publishing step %d: %s", step, error)
             time.sleep(PAUSE_SECONDS)
+        except Exception:
+            log.exception("publishing step %d failed", step)
+            return

@@ -243,7 +243,7 @@ class Coordinator:
             try:
                 return going.result(LOOK_SECONDS)
             except TimeoutError:
-                if not is_wanted():
+                if going.done() or not is_wanted():
                     going.cancel()
                     raise UnreachableError("the upload is not wanted any more") from None
 

@@ -117,6 +117,8 @@ class LocalWorker:
 class LocalRun:
     """The coordinator of such a run: steps the state machine under a lock and hands out views."""
 
+    worker_class = LocalWorker
+
     def __init__(self, config: RunConfig, data: tuple[Path, Manifest], folder: Path) -> None:
         self.config, (self.folder, self.manifest), self.home = config, data, folder
         self.rules = replace(service.rules_of(config, self.manifest), settle_seconds=0.0, away_seconds=0.0)
