@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -15,28 +13,8 @@ from typing import Any
 import click
 
 from . import __version__
-from .protocol.errors import ConfigError, PotluckError, TicketError
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-WORKER_PACKAGES = ("torch", "transformers", "safetensors", "filelock", "numba", "zstandard")
-
-
-class Group(click.Group):
-    """Turns our errors into one line on stderr and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except PotluckError as error:
-            click.echo(f"potluck: {error.one_line()}", err=True)
-            ctx.exit(1)
-        except ModuleNotFoundError as error:
-            if error.name not in WORKER_PACKAGES:
-                raise
-            click.echo(
-                f"potluck: {error.name} is not installed. In potluck's checkout: pip install -e '.[worker]'", err=True
-            )
-            ctx.exit(1)
+from .cli_common import CONTEXT, Group, data_home, on_interrupt, ticket_text
+from .protocol.errors import ConfigError, PotluckError
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -157,7 +135,7 @@ async def _coordinator(config: Any, folder: Path, ready_file: Path | None) -> in
     from .coordinator import service
 
     stop = asyncio.Event()
-    again = _on_interrupt(stop)
+    again = on_interrupt(stop)
     shown = -1.0
 
     def progress(what: str, share: float) -> None:
@@ -261,13 +239,7 @@ def worker_join(ticket: str, data_dir: Path | None, **options: Any) -> None:
     """
     from .protocol.ticket import Ticket
 
-    if ticket.startswith("@"):  # a secret that no list of processes shows
-        try:
-            ticket = Path(ticket[1:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            what = getattr(error, "strerror", None) or "not text"
-            raise TicketError(f"{ticket[1:]}: cannot be read ({what})", hint="Name the ticket's file.") from None
-    decoded = Ticket.decode(ticket, time.time())
+    decoded = Ticket.decode(ticket_text(ticket), time.time())
     options = {k: v for k, v in options.items() if v is not None}
     sys.exit(asyncio.run(_worker(decoded, data_dir or data_home() / "worker", options)))
 
@@ -277,7 +249,7 @@ async def _worker(ticket: Any, folder: Path, options: dict[str, Any]) -> int:
     from .worker.offer import WorkerConfig
 
     leave = asyncio.Event()
-    again = _on_interrupt(leave)
+    again = on_interrupt(leave)
     config = WorkerConfig(data_dir=folder, **options)
 
     def say(line: str) -> None:
@@ -369,22 +341,32 @@ def sample(model: Path, prompt: str, tokens: int, seed: int) -> None:
     click.echo(write(model, prompt, tokens, seed))
 
 
-def data_home() -> Path:
-    """The user's data folder for potluck."""
-    import platformdirs
-
-    return Path(platformdirs.user_data_dir("potluck", appauthor=False))
+@main.group(context_settings=CONTEXT)
+def relay() -> None:
+    """Help workers to meet whose routers let nobody in."""
 
 
-def _on_interrupt(first: asyncio.Event) -> asyncio.Event:
-    """Sets ``first`` on the first Ctrl-C (or SIGTERM), the returned event on the second."""
-    second = asyncio.Event()
+@relay.command("up", context_settings=CONTEXT)
+@click.argument("ticket")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=None, help="Where its certificate is kept.")
+@click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on.  [default: any]")
+@click.option("--advertise", default="", help="What workers dial, if it is not that: HOST or HOST:PORT.")
+@click.option("--peer-mbps", type=click.FloatRange(0), default=0.0, help="Most that one worker may send; 0: no limit.")
+def relay_up(ticket: str, data_dir: Path | None, **options: Any) -> None:
+    """Relay for the run of TICKET (or @FILE that holds it), beside the coordinator, which is a relay itself.
 
-    def interrupted() -> None:
-        (second if first.is_set() else first).set()
+    It prints a line for `coordinator.relays` of run.yaml; workers use it from then on. It moves what workers send to
+    each other, encrypted from one to the other, and keeps nothing. Ctrl-C stops it: workers go on over another relay.
+    """
+    from .coordinator.relay_service import relaying
+    from .protocol.ticket import Ticket
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(number, interrupted)
-    return second
+    decoded = Ticket.decode(ticket_text(ticket), time.time())
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        on_interrupt(stop)
+        await relaying(decoded, data_dir or data_home() / "relay", stop, click.echo, **options)
+
+    asyncio.run(run())

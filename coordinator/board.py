@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.frames import Purpose
+from ..protocol.identity import PEER_ID_LENGTH
 from ..protocol.plan import stage_parameters
 from .clock import Clock
 from .state import Commit, Journal, Point, Rules, RunState, Said
@@ -23,6 +25,8 @@ COMPRESSED = (
 )  # purposes with an uncompressed counterfactual of their own
 PURPOSES = frozenset(p.value for p in Purpose)
 MOST_NBYTES = 2**62  # that the database holds, whatever a worker claims
+PATHS = ("direct", "relayed")
+MOST_LINKS = 256  # of one peer, that are shown
 RATE_SECONDS = 20.0  # window of the shown speed
 
 
@@ -32,6 +36,7 @@ class Heard:
 
     steps: tuple[tuple[str, pb.StepDone], ...] = ()
     traffic: Mapping[tuple[str, str, str, str], tuple[int, int]] = field(default_factory=dict)
+    links: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def statements(self) -> list[tuple[str, list[Any]]]:
@@ -64,6 +69,7 @@ class Board:
         self._state = RunState()
         self._changed = asyncio.Condition()
         self._figures: dict[str, PeerFigures] = {}
+        self._links: dict[str, list[dict[str, Any]]] = {}  # of each peer to others, as it last said
         self._traffic: dict[tuple[str, str, str, str], tuple[int, int]] = {}
         self._load(store)
 
@@ -98,11 +104,13 @@ class Board:
         """What is new in what workers said, with their sessions. Nothing of it is shown before :meth:`update`."""
         steps: list[tuple[str, pb.StepDone]] = []
         traffic: dict[tuple[str, str, str, str], tuple[int, int]] = {}
+        links: dict[str, list[dict[str, Any]]] = {}
         for session, said in reports:
             body = said.report.WhichOneof("body")
             if body == "step_done":
                 steps.append((said.peer, said.report.step_done))
             elif body == "heartbeat":
+                links[said.peer] = [link_row(link) for link in said.report.heartbeat.links[:MOST_LINKS]]
                 totals: dict[tuple[str, str], tuple[int, int]] = {}
                 for t in said.report.heartbeat.traffic:
                     if t.purpose not in PURPOSES or t.direction not in ("in", "out"):
@@ -114,7 +122,7 @@ class Board:
                     key = (said.peer, session.hex(), purpose, direction)
                     if traffic.get(key, self._traffic.get(key)) != total:
                         traffic[key] = total
-        return Heard(steps=tuple(steps), traffic=traffic)
+        return Heard(steps=tuple(steps), traffic=traffic, links=links)
 
     def _step_done(self, peer: str, done: pb.StepDone) -> None:
         figures = self._figures.setdefault(peer, PeerFigures())
@@ -128,6 +136,7 @@ class Board:
         """The state after a batch, and what was written down in it."""
         self._state = state
         self._traffic.update(heard.traffic)
+        self._links = {peer: rows for peer, rows in {**self._links, **heard.links}.items() if peer in state.members}
         for peer, done in heard.steps:
             self._step_done(peer, done)
         for command in commands:
@@ -271,6 +280,7 @@ class Board:
             "last_seen": member.last_seen,
             "seconds_per_step": figures.seconds_per_step,
             "device": member.device,
+            "links": [link for link in self._links.get(peer, []) if link["peer"] in state.members],
         }
 
     def _speed(self, train: list[dict[str, Any]]) -> float | None:
@@ -289,6 +299,20 @@ class Board:
             {"purpose": p, "nbytes": n, "dense_nbytes": d if p in COMPRESSED else n}
             for p, (n, d) in sorted(totals.items())
         ]
+
+
+def link_row(link: pb.Link) -> dict[str, Any]:
+    """What a peer says of its way to another one; None for what it does not know, or makes no sense."""
+
+    def known(number: float) -> float | None:
+        return number if math.isfinite(number) and number > 0 else None
+
+    return {
+        "peer": link.peer[:PEER_ID_LENGTH],
+        "path": link.path if link.path in PATHS else None,
+        "rtt_seconds": known(link.rtt_seconds),
+        "bytes_per_second": known(link.bytes_per_second),
+    }
 
 
 def round_row(

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -22,6 +23,7 @@ from ..protocol.failpoints import failpoint, failpoint_async
 from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
 from ..protocol.identity import peer_id_of, verify
 from ..protocol.plan import Plan, SavePoint
+from .addresses import confirmed
 from .hub import Hub, Line
 from .publish import Publisher, unwritten
 from .state import Member, Unpublished
@@ -48,10 +50,13 @@ class Doors:
         welcome: pb.Welcome,
         blobs: dict[str, Path],
         publisher: Publisher,
+        lan: bool = True,
     ) -> None:
         self.hub, self.run_id, self.secret, self.fingerprint = hub, run_id, secret, fingerprint
         self.welcome, self.blobs, self.publisher = welcome, blobs, publisher
+        self.lan = lan
         self._tokens: dict[bytes, str] = {}
+        self._reached: dict[bytes, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # by session: named, and reached
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """For the server; messages are protobuf."""
@@ -84,11 +89,13 @@ class Doors:
             async with asyncio.timeout(HELLO_SECONDS):
                 first = await anext(aiter(requests), None)
             member = self.check(first, nonce)
+            assert first is not None
         except PotluckError as error:
             yield pb.Down(refuse=pb.Refuse(code=error.code, text=str(error), hint=error.hint))
             return
         except (TimeoutError, DecodeError):
             return
+        member = replace(member, addresses=await self.reached(first.hello, member))
         await failpoint_async("coordinator.hello.accepted")
         line = Line(member.peer, member.session)
         token = os.urandom(16)
@@ -97,6 +104,7 @@ class Doors:
         welcome.CopyFrom(self.welcome)
         welcome.peer_id, welcome.token = member.peer, token
         welcome.acked = self.hub.acked.get(member.session, 0)
+        welcome.addresses.extend(member.addresses)
         line.send(pb.Down(welcome=welcome))
         self.hub.connect(line)
         listening = asyncio.create_task(self._listen(requests, line, member))
@@ -164,6 +172,16 @@ class Doors:
             session=bytes(hello.session),
             savepoints=frozenset(SavePoint.from_proto(s) for s in hello.savepoints),
         )
+
+    async def reached(self, hello: pb.Hello, member: Member) -> tuple[str, ...]:
+        """Where others can dial a worker: tried once for each session, as long as it names the same."""
+        known = self._reached.get(member.session)
+        if known is None or known[0] != member.addresses:
+            found = await confirmed(member.addresses, hello.public_key, self.run_id, lan=self.lan)
+            known = self._reached[member.session] = member.addresses, found
+            while len(self._reached) > MAX_LINES:
+                self._reached.pop(next(iter(self._reached)))
+        return known[1]
 
     async def blob(self, request: pb.BlobRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.Piece]:
         """A file of the run by its hash, from ``offset``."""

@@ -50,6 +50,21 @@ class PeerLeaving(Event, frozen=True, kw_only=True):
         return f"{self.name} wants to leave: it finishes its step and hands over"
 
 
+class PathChanged(Event, frozen=True, kw_only=True):
+    """How a peer reaches another from now on: ``path`` is ``relayed``, or ``direct`` again."""
+
+    peer: str
+    name: str
+    other: str
+    other_name: str
+    path: str
+
+    @property
+    def text(self) -> str:
+        how = "through a relay" if self.path == "relayed" else "directly now"
+        return f"{self.name} reaches {self.other_name} {how}"
+
+
 class PeerGone(Event, frozen=True, kw_only=True):
     peer: str
     name: str

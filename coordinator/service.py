@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -24,15 +22,18 @@ from ..protocol.errors import ConfigError, IdentityError, StateError
 from ..protocol.identity import lock
 from ..protocol.manifest import TOKENS_FILE, Manifest
 from ..protocol.plan import Shape
+from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
-from ..protocol.tls import Certificate, join_address, start_server
+from ..protocol.tls import Certificate, advertised, join_address, split_address, start_server
 from . import corpus, web
+from .addresses import is_local
 from .assignment import StageNeed
 from .board import Board
 from .doors import Doors
 from .events import RunOpened
 from .hub import Hub
 from .publish import Publisher
+from .relay import Relay
 from .resume import resumed
 from .state import Division, Journal, Mark, Rules, RunState, Unpublished, Uploaded
 from .store import Store
@@ -159,14 +160,21 @@ async def _running(
         publisher=publisher,
     )
     place = config.coordinator
+    others = [str(Spot.parse(text)) for text in place.relays]
+    relay = Relay(run_id, secret, certificate.fingerprint, peer_mbps=place.relay_peer_mbps)
+    handlers = [*doors.handlers(), *(relay.handlers() if place.relay else ())]
     port = place.port or store.meta("port", 0)
     try:
-        server, port = await start_server(place.host, port, doors.handlers(), certificate)
+        server, port = await start_server(place.host, port, handlers, certificate)
     except Exception:
         if place.port or not port:
             store.close()
             raise
-        server, port = await start_server(place.host, 0, doors.handlers(), certificate)
+        server, port = await start_server(place.host, 0, handlers, certificate)
+    address = advertised(place.advertise, place.host, port)
+    own = [str(Spot(address, certificate.fingerprint))] if place.relay else []
+    doors.welcome.relays.extend(own + others)
+    doors.lan = is_local(split_address(address)[0]) if place.lan is None else place.lan
     known = place.http_port or store.meta("http_port", 0)  # who has the page open finds it again
     try:
         try:
@@ -190,7 +198,6 @@ async def _running(
         except StateError as error:
             hub.put(Unpublished(step=state.publish, why=str(error)))
     await hub.start()
-    address = advertised(place.advertise, place.host, port)
     ticket = Ticket(
         url=address,
         fingerprint=certificate.fingerprint,
@@ -292,21 +299,3 @@ def corpus_folder(data_dir: Path) -> Path:
 
 def shown(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-
-
-def advertised(advertise: str, host: str, port: int) -> str:
-    """What workers dial: the configured name, or this machine's address on its network."""
-    if advertise:
-        name, _, own_port = advertise.rpartition(":")
-        return advertise if name and own_port.isdigit() else f"{advertise}:{port}"
-    with contextlib.suppress(ValueError):
-        if not ipaddress.ip_address(host).is_unspecified:
-            return join_address(host, port)
-    if host not in ("", "0.0.0.0", "::"):
-        return join_address(host, port)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: asks the routing table which address it would use
-            return join_address(probe.getsockname()[0], port)
-        except OSError:
-            return join_address("127.0.0.1", port)

@@ -84,6 +84,7 @@ class Member:
     digest: bytes = b""  # of the reference weights it is ready with
     step: int = 0  # steps done in the current generation
     state: str = "waiting"
+    relayed: frozenset[str] = frozenset()  # peers that it reaches through a relay
     busy: float | None = 0.0  # since when it waits for nobody, as of its heartbeats; None: it waits
 
     @property

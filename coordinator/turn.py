@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..protocol import control_pb2 as pb
@@ -128,7 +129,8 @@ class Turn(ABC):
             beat = report.heartbeat
             word = beat.state[:STATE_LENGTH] or "training"
             busy = None if beat.idle else self.now if member.busy is None else member.busy
-            self.member(replace(self.state.members[peer], state=word, busy=busy))
+            relayed = self.paths(member, beat.links)
+            self.member(replace(self.state.members[peer], state=word, busy=busy, relayed=relayed))
         elif body == "leaving":
             if not member.leaving:
                 self.journal(ev.PeerLeaving(peer=peer, name=member.name))
@@ -148,6 +150,19 @@ class Turn(ABC):
                 return  # of a generation that is over
             if peer in self.state.plan.peers:
                 getattr(self, body)(self.state.members[peer], message)
+
+    def paths(self, member: Member, links: Iterable[pb.Link]) -> frozenset[str]:
+        """The peers that a member reaches through a relay; tells of those that it reaches otherwise than before."""
+        others = {link.peer: link.path for link in links if link.peer in self.state.members}
+        relayed = frozenset(peer for peer, path in others.items() if path == "relayed")
+        direct = frozenset(peer for peer, path in others.items() if path == "direct")
+        for path, changed in (("relayed", relayed - member.relayed), ("direct", direct & member.relayed)):
+            for other in sorted(changed):
+                name = self.state.members[other].name
+                self.journal(
+                    ev.PathChanged(peer=member.peer, name=member.name, other=other, other_name=name, path=path)
+                )
+        return relayed
 
     def ready(self, member: Member, message: pb.Ready) -> None:
         self.member(replace(member, ready=message.generation, digest=message.digest))

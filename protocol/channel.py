@@ -67,12 +67,10 @@ class Channel:
         self._kind: PathKind = "direct"
         self._farewell: Bye | Trouble | None = None
         self._expiry: asyncio.TimerHandle | None = None
-        self._attached = False
-        self._wire_errors = 0
-        self._progress_at = _now()
+        self._attached = self._ack_due = False
+        self._wire_errors, self._progress_at = 0, _now()
         self._outbox = Outbox(config.send_window_nbytes)
         self._inbox = Inbox(config.receive_window_nbytes, config.max_frame_nbytes, config.check)
-        self._ack_due = False
 
     # What programs call.
 
@@ -165,6 +163,11 @@ class Channel:
         await self._open(connect, self._config.dial_timeout)
         self._redial = asyncio.create_task(self._keep_open(connect))
 
+    def redial(self) -> None:
+        """Drop the pipe of a channel that dials, and go on with what it now gets: a better path is known."""
+        if self._redial is not None and self._session is not None:
+            self._session.cancel()
+
     async def accept(self, pipe: Pipe, hello: Hello) -> asyncio.Task[None]:
         """Go on with a pipe the peer dialled; an older one is dropped first. The task ends with the pipe."""
         if self._session is not None:
@@ -229,8 +232,7 @@ class Channel:
             opened_at = _now()
             await asyncio.wait({self._session})
             lasted = self._progress_at >= opened_at or _now() - opened_at > config.last_backoff.total_seconds()
-            if lasted:
-                attempt = 0
+            attempt = 0 if lasted else attempt
             if lasted or not self._outbox:
                 down_at = _now()
             while self._ended is None and self._session.done():
@@ -251,8 +253,7 @@ class Channel:
 
     def _hello(self) -> Hello:
         inbox = self._inbox
-        window = self._config.receive_window_nbytes
-        ack = inbox.ack()
+        window, ack = self._config.receive_window_nbytes, inbox.ack()
         return Hello(self.channel_id, self._attached, ack.received, inbox.partial_nbytes, ack.consumed, window)
 
     def _attach(self, pipe: Pipe, hello: Hello) -> asyncio.Task[None]:

@@ -164,6 +164,14 @@ class CoordinatorConfig(Section, frozen=True, kw_only=True):
     http_port: Port = 0
     # What workers dial, if it is not the listening address (a public name, a forwarded port): HOST or HOST:PORT.
     advertise: str = ""
+    # Whether workers that cannot be dialled may meet here, each on a connection that it opened itself; how many Mbit/s
+    # each may send through (0: no limit), and other relays for the same run: lines of `potluck relay up`.
+    relay: bool = True
+    relay_peer_mbps: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    relays: tuple[str, ...] = ()
+    # Whether workers may name addresses of a home's or a company's own network. By default they may where the
+    # coordinator itself is dialled at one.
+    lan: bool | None = None
     # Workers to wait for before the first step; 0 means one for each stage.
     wait_for: Annotated[int, Meta(ge=0, le=10**6)] = 0
     ticket_hours: Annotated[float, Meta(gt=0, le=24 * 365)] = 24 * 7

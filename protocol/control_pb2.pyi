@@ -85,18 +85,22 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., run: _Optional[str] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., secret_proof: _Optional[bytes] = ..., name: _Optional[str] = ..., device: _Optional[str] = ..., memory_gb: _Optional[float] = ..., speed: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., savepoints: _Optional[_Iterable[_Union[SavePoint, _Mapping]]] = ..., session: _Optional[bytes] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("peer_id", "config", "manifest", "token", "acked")
+    __slots__ = ("peer_id", "config", "manifest", "token", "acked", "relays", "addresses")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     ACKED_FIELD_NUMBER: _ClassVar[int]
+    RELAYS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     config: str
     manifest: str
     token: bytes
     acked: int
-    def __init__(self, peer_id: _Optional[str] = ..., config: _Optional[str] = ..., manifest: _Optional[str] = ..., token: _Optional[bytes] = ..., acked: _Optional[int] = ...) -> None: ...
+    relays: _containers.RepeatedScalarFieldContainer[str]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, peer_id: _Optional[str] = ..., config: _Optional[str] = ..., manifest: _Optional[str] = ..., token: _Optional[bytes] = ..., acked: _Optional[int] = ..., relays: _Optional[_Iterable[str]] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Refuse(_message.Message):
     __slots__ = ("code", "text", "hint")
@@ -340,15 +344,29 @@ class Traffic(_message.Message):
     dense_nbytes: int
     def __init__(self, peer: _Optional[str] = ..., direction: _Optional[str] = ..., purpose: _Optional[str] = ..., nbytes: _Optional[int] = ..., dense_nbytes: _Optional[int] = ...) -> None: ...
 
+class Link(_message.Message):
+    __slots__ = ("peer", "path", "rtt_seconds", "bytes_per_second")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    RTT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    path: str
+    rtt_seconds: float
+    bytes_per_second: float
+    def __init__(self, peer: _Optional[str] = ..., path: _Optional[str] = ..., rtt_seconds: _Optional[float] = ..., bytes_per_second: _Optional[float] = ...) -> None: ...
+
 class Heartbeat(_message.Message):
-    __slots__ = ("traffic", "state", "idle")
+    __slots__ = ("traffic", "links", "state", "idle")
     TRAFFIC_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     IDLE_FIELD_NUMBER: _ClassVar[int]
     traffic: _containers.RepeatedCompositeFieldContainer[Traffic]
+    links: _containers.RepeatedCompositeFieldContainer[Link]
     state: str
     idle: bool
-    def __init__(self, traffic: _Optional[_Iterable[_Union[Traffic, _Mapping]]] = ..., state: _Optional[str] = ..., idle: _Optional[bool] = ...) -> None: ...
+    def __init__(self, traffic: _Optional[_Iterable[_Union[Traffic, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., state: _Optional[str] = ..., idle: _Optional[bool] = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("token", "name", "offset")

@@ -14,7 +14,7 @@ from .meter import Meter
 
 _log = logging.getLogger(__name__)
 
-PathKind = Literal["memory", "direct"]
+PathKind = Literal["memory", "direct", "relayed"]
 
 
 class PipeClosed(UnreachableError):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import hashlib
+import ipaddress
 import os
 import re
+import socket
 import ssl
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +54,7 @@ GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%a-z]{2,64}\]")
 _PORT = re.compile(r"[0-9]{1,5}")
 
@@ -106,6 +111,17 @@ class Certificate:
     def server_credentials(self) -> grpc.ServerCredentials:
         key = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return grpc.ssl_server_credentials([(key, self._certificate.public_bytes(Encoding.PEM))])
+
+    def server_context(self) -> ssl.SSLContext:
+        """For TLS inside another connection (``tunnel.py``)."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.num_tickets = 0  # nobody resumes
+        with tempfile.TemporaryDirectory() as folder:  # the ssl module reads files only
+            path = Path(folder) / "tls.pem"
+            write_private(path, self._pem)
+            context.load_cert_chain(path)
+        return context
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -208,3 +224,21 @@ async def start_server(
         )
     await server.start()
     return server, bound
+
+
+def advertised(advertise: str, host: str, port: int) -> str:
+    """What workers dial: the configured name, or this machine's address on its network."""
+    if advertise:
+        name, _, own_port = advertise.rpartition(":")
+        return advertise if name and own_port.isdigit() else f"{advertise}:{port}"
+    with contextlib.suppress(ValueError):
+        if not ipaddress.ip_address(host).is_unspecified:
+            return join_address(host, port)
+    if host not in ("", "0.0.0.0", "::"):
+        return join_address(host, port)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: asks the routing table which address it would use
+            return join_address(probe.getsockname()[0], port)
+        except OSError:
+            return join_address("127.0.0.1", port)

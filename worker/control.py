@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 
 from .. import __version__
 from ..protocol import control_pb2 as pb
-from ..protocol.errors import RefusedError, StateError, UnreachableError, WireError
-from ..protocol.failpoints import failpoint, failpoint_async
+from ..protocol.errors import RefusedError, UnreachableError, WireError
+from ..protocol.failpoints import failpoint_async
 from ..protocol.frames import Purpose
-from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
+from ..protocol.hello import PROTOCOL, STREAM, secret_proof, signed_part
 from ..protocol.identity import Identity
 from ..protocol.meter import Meter
+from ..protocol.pipe import PathInfo
 from ..protocol.plan import Plan, Replica, SavePoint
 from ..protocol.ticket import Ticket
 from ..protocol.tls import dial_pinned
@@ -32,13 +31,10 @@ from .reports import Reports
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 2.0
-PIECE_NBYTES = 256 * 1024
 COORDINATOR = "coordinator"
 FIRST_SECONDS, SOON_SECONDS, MOST_SECONDS = 0.5, 3.0, 10.0  # between two dials: the first, of a minute, of many
 MINUTE_SECONDS = 60.0
 CLOSE_SECONDS = 2.0
-FETCH_TRIES = 60  # at a file of the run, before the worker gives up
-FETCH_PAUSE_SECONDS = 1.0
 STREAM_ERRORS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)  # what grpc raises when a call is over
 
 
@@ -98,6 +94,7 @@ class Control:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.state = "loading"
         self.idle: Callable[[], bool] = lambda: True  # whether the computing thread waits for somebody
+        self.paths: Callable[[], dict[str, PathInfo]] = dict  # to the peers that it sends to
         self._loop = asyncio.get_running_loop()
         self._session = os.urandom(16)
         self._reports = Reports()
@@ -108,6 +105,11 @@ class Control:
         self._token = b""
         self._channel: grpc.aio.Channel | None = None
         self._task: asyncio.Task[None] | None = None
+
+    def line(self) -> tuple[grpc.aio.Channel, bytes]:
+        """The connection in use, and the token by which the coordinator knows this session."""
+        assert self._channel is not None
+        return self._channel, self._token
 
     def start(self, offer: Offer) -> None:
         self._offer = offer
@@ -316,80 +318,10 @@ class Control:
                 )
                 for t in self.meter.snapshot()
             ],
+            links=[
+                pb.Link(
+                    peer=peer, path=p.kind, rtt_seconds=p.rtt_seconds or 0, bytes_per_second=p.bytes_per_second or 0
+                )
+                for peer, p in self.paths().items()
+            ],
         )
-
-    # Files.
-
-    async def fetch(self, name: str, target: Path) -> None:
-        """A file of the run by its SHA-256, into ``target``; goes on where it stopped, on the next connection too."""
-        for left in reversed(range(FETCH_TRIES)):
-            try:
-                await self._fetch(name, target)
-                return
-            except UnreachableError as error:
-                if not left or self.ended.done():
-                    raise
-                log.warning("%s; trying again", error)
-            await asyncio.sleep(FETCH_PAUSE_SECONDS)
-
-    async def _fetch(self, name: str, target: Path) -> None:
-        assert self._channel is not None
-        part = target.with_suffix(".part")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        digest, size = hashlib.sha256(), 0
-        if part.exists():
-            data = part.read_bytes()
-            digest.update(data)
-            size = len(data)
-        method = self._channel.unary_stream(
-            BLOB,
-            request_serializer=pb.BlobRequest.SerializeToString,
-            response_deserializer=pb.Piece.FromString,
-        )
-        try:
-            with part.open("ab") as file:
-                async for piece in method(pb.BlobRequest(token=self._token, name=name, offset=size)):
-                    self.meter.record(COORDINATOR, "in", Purpose.DATA, len(piece.data))
-                    failpoint("worker.corpus.piece")
-                    file.write(piece.data)
-                    digest.update(piece.data)
-        except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
-            raise UnreachableError(
-                f"the corpus did not arrive ({reason(error)})",
-                hint="Join again: it goes on from there.",
-            ) from None
-        except OSError as error:
-            raise StateError(f"{part}: {error}", hint="Free some space: --data-dir names the folder.") from None
-        if digest.hexdigest() != name:
-            part.unlink()
-            raise WireError("the corpus arrived damaged", hint="Join again.")
-        part.replace(target)
-
-    async def upload(self, step: int, stage: int, data: bytes) -> None:
-        """A stage of a published round. ``UnreachableError`` if it did not arrive."""
-        assert self._channel is not None
-        digest = hashlib.sha256(data).digest()
-
-        async def pieces() -> AsyncIterator[pb.UploadPiece]:
-            for start in range(0, len(data), PIECE_NBYTES):
-                piece = data[start : start + PIECE_NBYTES]
-                self.meter.record(COORDINATOR, "out", Purpose.STATE, len(piece))
-                if start:
-                    yield pb.UploadPiece(data=piece)
-                else:
-                    yield pb.UploadPiece(
-                        token=self._token, step=step, stage=stage, nbytes=len(data), sha256=digest, data=piece
-                    )
-
-        method = self._channel.stream_unary(
-            UPLOAD,
-            request_serializer=pb.UploadPiece.SerializeToString,
-            response_deserializer=pb.UploadResult.FromString,
-        )
-        try:
-            await failpoint_async("worker.upload", UnreachableError)
-            result = await method(pieces())
-        except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
-            raise UnreachableError(f"the upload broke ({reason(error)})") from None
-        if not result.ok:
-            raise UnreachableError(f"the upload was refused: {result.text}")

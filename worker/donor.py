@@ -1,8 +1,8 @@
 """Serving states to newcomers, piece by piece, from a snapshot and in a thread of its own.
 
 A ``State`` is never written to, so it is the snapshot; it is held as long as somebody asks for its pieces. The thread
-waits for the owner's limit (:mod:`.throttle`) before each piece; the pieces go on a lane of their own, which gives
-way to what training sends (:mod:`.links`).
+waits for the owner's limit (:mod:`..protocol.throttle`) before each piece; the pieces go on a lane of their own, which
+gives way to what training sends (:mod:`.links`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from ..protocol.errors import WireError
 from ..protocol.failpoints import failpoint
 from ..protocol.frames import Frame, Header, Kind
+from ..protocol.throttle import Bucket
 from . import inventory as inv
 from .inventory import Part, PieceName, StateName
 from .stage import State
-from .throttle import Bucket
 
 log = logging.getLogger(__name__)
 MOST_REQUESTS = 64  # of one peer that may wait

@@ -1,16 +1,13 @@
 """The computing thread: does what :func:`.plan.next_action` says, one action after the other.
 
-Rounds run beside it on a thread of their own, unless they must be applied at once.
+Rounds run beside it on a thread of their own, unless they must be applied at once; so does publishing.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-
-import safetensors.torch
 
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import DivergedError, PotluckError, StateError, WireError
@@ -26,12 +23,12 @@ from .origin import origin
 from .outside import EngineConfig, Headquarters, MissingError, Views
 from .pipeline import Pipeline
 from .plan import Local, View, next_action
+from .publishing import upload
 from .stage import Stage, State, digest
 from .states import States
 from .sync import Outcome, Synchronizer, apply
 
 log = logging.getLogger(__name__)
-PUBLISH_PAUSE_SECONDS = 0.5  # after an upload that failed
 
 
 class Engine:
@@ -59,6 +56,7 @@ class Engine:
         self.shape = Shape.of(run.model, config.manifest.vocab_size)
         self._memory = Memory(run, self.points.folder / "reuse") if run.activations.reuse else None
         self._rounds = ThreadPoolExecutor(1, thread_name_prefix="round")
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._pending: Future[Outcome] | None = None
         self._since = 0  # samples since the last capture
         self._captured = 0
@@ -96,7 +94,9 @@ class Engine:
                         self._go_back(error, version)
         finally:
             self.mailbox.close()
-            self._rounds.shutdown(wait=True, cancel_futures=True)
+            self.views.close()  # ends an upload
+            for beside in (self._rounds, self._uploads):
+                beside.shutdown(wait=True, cancel_futures=True)
             if self._memory is not None:
                 self._memory.close()
 
@@ -380,16 +380,11 @@ class Engine:
         state = self.points.find("round", made[-1], step, (self.stage.first, self.stage.last)) if made else None
         if state is None:
             raise WireError(f"the round of step {step} is not here any more")
+        self.local = replace(self.local, published=step)
+        stage, generation = self._seat.stage, self._seat.plan.generation
         tensors = {name: t.contiguous() for name, t in self.stage.named(state.g).items()}
         failpoint("worker.publish")
-        data = safetensors.torch.save(tensors, {"format": "pt"})
-        try:
-            self.hq.publish(step, self._seat.stage, data)
-        except PotluckError as error:  # asked again only if the newest view still wants it
-            log.warning("publishing step %d: %s", step, error)
-            time.sleep(PUBLISH_PAUSE_SECONDS)
-            return
-        self.local = replace(self.local, published=step)
+        self._uploads.submit(upload, self.hq, self.views, step, stage, generation, tensors)
 
     def _leave(self, view: View) -> None:
         failpoint("worker.leave")

@@ -21,6 +21,7 @@ from ..protocol.channel import Channel
 from ..protocol.errors import PotluckError, UnreachableError, WireError
 from ..protocol.failpoints import failpoint_async
 from ..protocol.frames import MESSAGE_NBYTES, Frame, Header, Kind
+from ..protocol.pipe import PathInfo
 from ..protocol.plan import Plan, Replica
 from ..protocol.transport import Transport
 from .inventory import RAW
@@ -31,7 +32,7 @@ from .squeeze import SUFFIX
 
 log = logging.getLogger(__name__)
 BOUNDARY = (Kind.ACTIVATION, Kind.GRADIENT, Kind.MISS)
-DIAL_SECONDS = 30.0  # for a peer to hear of the plan that we already know, or to answer over a line full of a round
+DIAL_SECONDS = 30.0  # for a peer to hear of the plan that we know, to be at a relay, or to answer over a full line
 STATES = (Kind.STATE_REQUEST, Kind.STATE, Kind.REDO)
 GIVE_WAY_SECONDS = 1.0  # that a message of a round or a state waits at most for what comes first
 OnState = Callable[[str, Frame], None]
@@ -121,6 +122,10 @@ class Links:
             self._tasks.pop(lane).cancel()
             self._outboxes.pop(lane, None)
 
+    def paths(self) -> dict[str, PathInfo]:
+        """How peers that we send to are reached, by the channel that boundary tensors take where there is one."""
+        return {peer: c.path() for (peer, _), c in sorted(self._channels.items(), reverse=True) if not c.closed}
+
     # For the computing threads.
 
     def post(self, peer: str, frame: Frame) -> None:
@@ -150,6 +155,10 @@ class Links:
         if lane[1] is Load.STATE:
             return True
         return self.plan is not None and frame.header.generation == self.plan.generation
+
+    async def give_way(self) -> None:
+        """For what goes to others than peers: it comes last, as states do."""
+        await self._give_way(Load.STATE)
 
     async def _give_way(self, load: Load) -> None:
         """Until nothing that comes before ``load`` is on its way, and of the rest no more than the line takes in a
@@ -239,7 +248,7 @@ class Links:
             try:
                 return await self._transport.dial(peer, self._addresses[peer])
             except UnreachableError as error:
-                if error.code not in ("admission", "silent") or asyncio.get_running_loop().time() > deadline:
+                if error.code not in ("admission", "silent", "absent") or asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(0.1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,8 +35,8 @@ class Headquarters(Protocol):
     def corpus(self) -> Path:
         """The folder of the run's corpus, fetched if need be. Blocks."""
 
-    def publish(self, step: int, stage: int, data: bytes) -> None:
-        """Uploads a stage of a published round. Blocks."""
+    def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
+        """Uploads a stage of a published round. Blocks; gives up when it is not wanted any more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
-from ..protocol.errors import CapacityError, PotluckError, RefusedError, StateError
+from ..protocol.errors import CapacityError, PotluckError, RefusedError, StateError, UnreachableError
 from ..protocol.failpoints import failpoint
 from ..protocol.frames import Frame, Header, Purpose
 from ..protocol.grpc_transport import GrpcTransport
@@ -26,6 +26,7 @@ from ..protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest
 from ..protocol.meter import Meter
 from ..protocol.pipe import ChannelConfig
 from ..protocol.plan import Shape
+from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
 from ..protocol.tls import Certificate
 from ..protocol.transport import TransportConfig
@@ -34,6 +35,7 @@ from .boundary import boundary_check
 from .checkpoint import SavePoints
 from .control import Control
 from .engine import Engine
+from .files import Files
 from .keeper import Keeper
 from .links import Links, frame_check
 from .mailbox import Mailbox
@@ -46,6 +48,7 @@ from .warm import warm
 
 log = logging.getLogger(__name__)
 GIVE_UP = timedelta(seconds=10)  # a path to a peer that stays broken for so long is a fault
+LOOK_SECONDS = 0.5  # between two looks whether an upload is still wanted
 JOIN_SECONDS = 30.0  # for the computing thread to end
 
 
@@ -60,6 +63,9 @@ class Session:
         self.links = Links(self.mailbox, self.on_state, self.fault)
         self.states = States(self.run_name, self.points, self.links.post, config.state_mbps)
         self.control = Control(ticket, identity, meter, self.points.points, self.follow, config.patience_minutes)
+        self.control.paths = self.links.paths
+        self.files = Files(self.control.line, meter, self.control.ended.done)
+        self.files.give_way = self.links.give_way
         self._checks: list[Callable[[Header], None]] = []
         self._told = ""
 
@@ -81,6 +87,14 @@ class Session:
             self.control.start(self.config.offer(addresses))
             welcome = await self.control.welcome
             failpoint("worker.joined")
+            transport.use_relays(self.relays(welcome), self.ticket.secret)
+            if addresses and not welcome.addresses:
+                how = (
+                    "through a relay"
+                    if welcome.relays
+                    else "nobody: this machine cannot be dialled, and the run has no relay"
+                )
+                self.say(f"other workers reach this one {how}")
             engine = self.engine(welcome)
             await asyncio.to_thread(warm, engine.config.run)
             thread = threading.Thread(target=compute, args=(engine, computed), name="engine", daemon=True)
@@ -112,6 +126,12 @@ class Session:
             await self.links.close()
             await self.control.close()  # last: what the links cost to the end is in its last totals
 
+    def relays(self, welcome: pb.Welcome) -> list[Spot]:
+        """Of the run; the coordinator's own where we have dialled it ourselves."""
+        spots = [Spot.parse(text) for text in welcome.relays]
+        own = self.ticket.fingerprint
+        return [Spot(self.ticket.url, own) if spot.fingerprint == own else spot for spot in spots]
+
     def engine(self, welcome: pb.Welcome) -> Engine:
         """The computing side, for the run that the coordinator describes."""
         run = msgspec.json.decode(welcome.config, type=RunConfig)
@@ -134,7 +154,7 @@ class Session:
         self.states.prepare(run, shape, self.control.report)
         if run.checkpoint.keepers:
             self.states.keep(Keeper(run, shape, self.folder, self.control.report))
-        coordinator = Coordinator(self.control, self.folder / "corpus", manifest)
+        coordinator = Coordinator(self.control, self.files, self.folder / "corpus", manifest)
         return Engine(config, self.views, self.links, self.mailbox, self.states, coordinator)
 
     # What the network calls.
@@ -188,8 +208,8 @@ class Session:
 class Coordinator:
     """The control stream, as the computing thread sees it: calls that block until the loop has done them."""
 
-    def __init__(self, control: Control, folder: Path, manifest: Manifest) -> None:
-        self._control, self._folder, self._manifest = control, folder, manifest
+    def __init__(self, control: Control, files: Files, folder: Path, manifest: Manifest) -> None:
+        self._control, self._files, self._folder, self._manifest = control, files, folder, manifest
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -209,7 +229,7 @@ class Coordinator:
     def corpus(self) -> Path:
         tokens = self._folder / TOKENS_FILE
         if not tokens.exists():
-            fetched = self._control.fetch(self._manifest.tokens_sha256, tokens)
+            fetched = self._files.fetch(self._manifest.tokens_sha256, tokens)
             asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
         try:
             (self._folder / MANIFEST_FILE).write_bytes(self._manifest.encode())
@@ -217,8 +237,15 @@ class Coordinator:
             raise StateError(f"{self._folder}: {error}", hint="Free some space, or mend its rights.") from None
         return self._folder
 
-    def publish(self, step: int, stage: int, data: bytes) -> None:
-        asyncio.run_coroutine_threadsafe(self._control.upload(step, stage, data), self._loop).result()
+    def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
+        going = asyncio.run_coroutine_threadsafe(self._files.upload(step, stage, data), self._loop)
+        while True:
+            try:
+                return going.result(LOOK_SECONDS)
+            except TimeoutError:
+                if going.done() or not is_wanted():
+                    going.cancel()
+                    raise UnreachableError("the upload is not wanted any more") from None
 
 
 def farewell(view: View) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from ..protocol.config import RunConfig
 from ..protocol.frames import Frame, Kind
 from ..protocol.plan import Shape
+from ..protocol.throttle import Bucket
 from .checkpoint import SavePoints
 from .donor import Donor
 from .inventory import StateName
@@ -15,7 +16,6 @@ from .keeper import Keeper
 from .plan import View
 from .redo import Recent
 from .stage import State
-from .throttle import Bucket
 from .transfer import Desk, Fetch, Wanted
 
 

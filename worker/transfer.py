@@ -22,13 +22,13 @@ import torch
 from ..protocol.errors import WireError
 from ..protocol.frames import Frame, Kind
 from ..protocol.plan import SavePoint
+from ..protocol.throttle import Bucket
 from . import inventory as inv
 from .checkpoint import check
 from .inventory import Inventory, Part, PieceName, StateName
 from .mailbox import Fenced
 from .partial import Partial, Whole
 from .stage import State
-from .throttle import Bucket
 
 log = logging.getLogger(__name__)
 WINDOW = 4  # pieces on their way from one donor

@@ -104,6 +104,7 @@ function layers(stage) {
 export function showPeers(state) {
   const peers = state.peers ?? [];
   const stages = new Map((state.stages ?? []).map((stage) => [stage.stage, stage]));
+  const names = new Map(peers.map((peer) => [peer.id, peer.name]));
   const committed = new Map();
   for (const peer of peers) committed.set(peer.stage, (committed.get(peer.stage) ?? 0) + (peer.samples || 0));
   emptyOr("peers", !peers.length, ["peers-scroll"]);
@@ -125,11 +126,21 @@ export function showPeers(state) {
     const isWorking = part !== null && peer.state === "training" && isNumber(state.tokens_per_second);
     text(speed, count(isWorking ? part * state.tokens_per_second : null));
     attribute(speed, "title", isNumber(peer.seconds_per_step) ? `${duration(peer.seconds_per_step)} per step` : "");
-    text(sent, bytes(peer.sent));
+    const links = Array.isArray(peer.links) ? peer.links : [];
+    const relayed = links.filter((link) => link.path === "relayed").length;
+    text(sent.children[0], bytes(peer.sent));
+    text(sent.children[1], relayed ? (relayed === links.length ? "through a relay" : `${relayed} of ${links.length} links relayed`) : "");
+    attribute(sent, "title", links.map((link) => describeLink(link, names)).join("\n"));
     text(received, bytes(peer.received));
     text(device, words(peer.device));
     timed(seen, peer.last_seen);
   });
+}
+
+function describeLink(link, names) {
+  const rate = isNumber(link.bytes_per_second) ? `, ${count((link.bytes_per_second * 8) / 1e6)} Mbit/s` : "";
+  const trip = isNumber(link.rtt_seconds) ? `, ${count(link.rtt_seconds * 1000)} ms there and back` : "";
+  return `to ${words(names.get(link.peer) ?? shortId(link.peer))}: ${words(link.path)}${rate}${trip}`;
 }
 
 function makePeer() {
@@ -139,7 +150,8 @@ function makePeer() {
   seen.dataset.stale = String(QUIET_AFTER);
   const share = el("td", "n share", el("span"), el("i", "", el("i")));
   const stage = el("td", "", el("span"), el("small"));
-  const [samples, speed, sent, received] = Array.from({ length: 4 }, () => el("td", "n"));
+  const [samples, speed, received] = Array.from({ length: 3 }, () => el("td", "n"));
+  const sent = el("td", "n", el("span"), el("small"));
   return el("tr", "", name, el("td", "", el("span")), stage, samples, share, speed, sent, received, el("td", "peer-text device"), seen);
 }
 

@@ -126,7 +126,7 @@ class Scenario:
             "sync": {"preset": "dense", "every": 3, "delay": 1},
             "eval": {"every": 1000, "samples": 4},
             "checkpoint": {"save_rounds": 1, "publish_rounds": 10**9},
-            "coordinator": {"patience_seconds": 1.0, "wait_for": len(self.layout.workers)},
+            "coordinator": {"patience_seconds": 1.0, "wait_for": len(self.layout.workers), "relay": False},
         }
         for section, values in self.changes.items():
             raw[section] = {**raw[section], **values}

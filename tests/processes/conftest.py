@@ -87,8 +87,9 @@ class Network:
         self._text = write_text(folder / "corpus.txt")
         self._ticket = ""
 
-    def configure(self, steps: int) -> None:
+    def configure(self, steps: int, **coordinator: Any) -> None:
         raw = {**TINY, "steps": steps, "data": {**TINY["data"], "source": str(self._text)}}
+        raw["coordinator"] = {**TINY["coordinator"], **coordinator}
         (self.folder / "run.yaml").write_text(dump(convert(raw)), encoding="utf-8")
 
     def start(self, name: str, *arguments: str | Path, gentle: bool = False) -> Process:
@@ -116,6 +117,16 @@ class Network:
         data = json.loads(ready.read_text(encoding="utf-8"))
         self._ticket, self.page = data["ticket"], data["page"]
         return process
+
+    def relay(self) -> tuple[Process, str]:
+        """Another relay for the run: its process and its line for ``coordinator.relays``."""
+        place = ["--host", "127.0.0.1", "--data-dir", self.folder / "relay"]
+        process = self.start("relay", "relay", "up", self._ticket, *place)
+        said = re.compile(r"Relay: +(\S+)")
+        wait_until(lambda: bool(said.search(process.output)), 30.0, lambda: process.output)
+        found = said.search(process.output)
+        assert found
+        return process, found[1]
 
     def worker(self, name: str, *, gentle: bool = False) -> Process:
         """Joining; the same name is the same peer. A gentle one leaves the cores to the others."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from potluck.coordinator.relay import Relay
 from potluck.protocol.channel import Channel
 from potluck.protocol.errors import WireError
 from potluck.protocol.grpc_transport import GrpcTransport
@@ -17,10 +18,12 @@ from potluck.protocol.identity import Identity
 from potluck.protocol.memory import MemoryNetwork
 from potluck.protocol.meter import Meter
 from potluck.protocol.pipe import ChannelConfig
-from potluck.protocol.tls import Certificate, split_address
+from potluck.protocol.relay import Spot
+from potluck.protocol.tls import Certificate, split_address, start_server
 from potluck.protocol.transport import Transport, TransportConfig
 
 SECOND = timedelta(seconds=1)
+SECRET = "a secret of the run"
 
 
 class Proxy:
@@ -74,8 +77,14 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not true():  # noqa: ASYNC110  (what is looked at has no event)
+            await asyncio.sleep(0.01)
+
+
 class Rig:
-    """Two transports, ``a`` dialling ``b`` over a line that can be cut."""
+    """Two transports, ``a`` dialling ``b`` over a line that can be cut: that to the relay, if there is one."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -83,6 +92,7 @@ class Rig:
         self.errors: list[WireError] = []
         self.network = MemoryNetwork()
         self.proxy: Proxy | None = None
+        self.relay: Relay | None = None
         self._closing: list[Transport] = []
 
     def config(self, admit: Callable[[str], bool] | None = None, **fields: Any) -> TransportConfig:
@@ -105,6 +115,19 @@ class Rig:
         if self.kind == "grpc":
             self.proxy = Proxy(*split_address(self.addresses[0]))
             self.addresses = [await self.proxy.start()]
+        if self.kind == "relayed":
+            spot = await self.start_relay()
+            self.addresses = []
+            self.a.use_relays([spot], SECRET)
+            self.b.use_relays([spot], SECRET)
+            await until(lambda: self.relay is not None and self.relay.attached == 2)
+
+    async def start_relay(self, **limits: Any) -> Spot:
+        certificate = Certificate.generate()
+        self.relay = Relay("r", SECRET, certificate.fingerprint, **limits)
+        self._server, port = await start_server("127.0.0.1", 0, self.relay.handlers(), certificate)
+        self.proxy = Proxy("127.0.0.1", port)
+        return Spot(await self.proxy.start(), certificate.fingerprint)
 
     async def connect(self, **sides: dict[str, Any]) -> tuple[Channel, Channel]:
         await self.start(**sides)
@@ -129,11 +152,13 @@ class Rig:
 
     async def close(self) -> None:
         await asyncio.gather(*(transport.close() for transport in self._closing))
+        if self.relay:
+            await self._server.stop(None)
         if self.proxy:
             await self.proxy.close()
 
 
-@pytest.fixture(params=["memory", "grpc"])
+@pytest.fixture(params=["memory", "grpc", "relayed"])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     made = Rig(request.param)
     yield made

@@ -106,7 +106,7 @@ class LocalWorker:
     def corpus(self) -> Path:
         return self.local.folder
 
-    def publish(self, step: int, stage: int, data: bytes) -> None:
+    def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
         plan = self.links.plan
         assert plan is not None
         self.local.published.setdefault(step, {})[stage] = data
@@ -116,6 +116,8 @@ class LocalWorker:
 
 class LocalRun:
     """The coordinator of such a run: steps the state machine under a lock and hands out views."""
+
+    worker_class = LocalWorker
 
     def __init__(self, config: RunConfig, data: tuple[Path, Manifest], folder: Path) -> None:
         self.config, (self.folder, self.manifest), self.home = config, data, folder

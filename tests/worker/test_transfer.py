@@ -14,13 +14,13 @@ import torch
 from potluck.protocol.errors import WireError
 from potluck.protocol.frames import Frame, Kind
 from potluck.protocol.plan import SavePoint
+from potluck.protocol.throttle import Bucket
 from potluck.worker import inventory as inv
 from potluck.worker import transfer
 from potluck.worker.donor import MOST_REQUESTS, Donor
 from potluck.worker.inventory import PARTS, Part, PieceName, StateName
 from potluck.worker.mailbox import Fenced
 from potluck.worker.stage import State, digest
-from potluck.worker.throttle import Bucket
 from potluck.worker.transfer import Desk, Fetch, Wanted
 
 SIZE = 3 * inv.PIECE_NBYTES // 4 + 12345

@@ -1,4 +1,4 @@
-"""The owner's limit on what states may take of the line: a token bucket."""
+"""A limit on what may go over a line: a token bucket."""
 
 from __future__ import annotations
 

@@ -1,0 +1,86 @@
+"""A gRPC byte stream as a pipe, from the side that dialled it and from the side that listens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import grpc
+
+from .frames import one_line
+from .pipe import PathKind, PipeClosed
+
+CLOSE_SECONDS = 1.0
+_GRPC_ERRORS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+
+
+class DiallerPipe:
+    """A call of ``method`` (``/service/name``) on a connection of its own, which it closes."""
+
+    kind: PathKind = "direct"
+
+    def __init__(self, channel: grpc.aio.Channel, method: str) -> None:
+        self._channel = channel
+        self._call = channel.stream_stream(method, None, None)(None)
+        self._broken = False
+
+    async def send(self, message: bytes) -> None:
+        try:
+            await self._call.write(message)
+        except _GRPC_ERRORS as error:
+            raise self._closed(error) from None
+
+    async def recv(self) -> bytes:
+        try:
+            message = await self._call.read()
+        except _GRPC_ERRORS as error:
+            raise self._closed(error) from None
+        if not isinstance(message, bytes):  # EOF
+            raise self._closed(None)
+        return message
+
+    async def close(self) -> None:
+        """Orderly while the stream lives: what was written arrives, then the other side ends it."""
+        try:
+            if not self._broken and not self._call.done():
+                with contextlib.suppress(*_GRPC_ERRORS, TimeoutError):
+                    async with asyncio.timeout(CLOSE_SECONDS):
+                        await self._call.done_writing()
+                        while isinstance(await self._call.read(), bytes):
+                            pass
+        finally:
+            self._call.cancel()
+            await self._channel.close(None)
+
+    def _closed(self, error: Exception | None) -> PipeClosed:
+        self._broken = True
+        detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else ""
+        return PipeClosed(f"the connection broke: {one_line(detail or 'the stream ended')}")
+
+
+class ListenerPipe:
+    """A stream that somebody called here."""
+
+    kind: PathKind = "direct"
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    async def send(self, message: bytes) -> None:
+        try:
+            await self._context.write(message)
+        except _GRPC_ERRORS:
+            raise PipeClosed("the connection broke") from None
+
+    async def recv(self) -> bytes:
+        try:
+            message = await self._context.read()
+        except _GRPC_ERRORS:
+            raise PipeClosed("the connection broke") from None
+        if not isinstance(message, bytes):  # EOF
+            raise PipeClosed("the dialler ended the stream")
+        return message
+
+    async def close(self) -> None:
+        """The stream ends when its handler returns."""

@@ -1,0 +1,158 @@
+"""The relays of a run from a peer's side: it stays attached so that others can call it, and calls others through them.
+
+What goes through is TLS between the two peers (``tunnel.py``) and then the same proof as on a direct path: a relay sees
+who talks to whom, when and how much, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import timedelta
+
+import grpc
+
+from .errors import PotluckError, UnreachableError, WireError
+from .grpc_pipes import DiallerPipe
+from .handshake import prove_to_dialler, prove_to_listener
+from .identity import Identity
+from .pipe import Pipe
+from .relay import ANSWER, ATTACH, CALL, Spot, enter, rung
+from .tls import Certificate, fetch_certificate, fingerprint_of, pinned_channel, split_address
+from .transport import TransportConfig
+from .tunnel import Tunnel
+
+log = logging.getLogger(__name__)
+FIRST_PAUSE, LAST_PAUSE = 0.5, 30.0  # seconds between two tries to attach
+MOST_ANSWERS = 256  # calls that are being answered at a time
+
+Serve = Callable[[str, Pipe], Awaitable[None]]
+
+
+class Relays:
+    """``serve`` gets every peer that calls and has proven who it is, with its pipe; it closes the pipe."""
+
+    def __init__(
+        self, identity: Identity, certificate: Certificate, config: TransportConfig, secret: str, serve: Serve
+    ) -> None:
+        self._identity, self._certificate, self._config = identity, certificate, config
+        self._secret, self._serve = secret, serve
+        self._spots: dict[Spot, asyncio.Task[None]] = {}
+        self._attached: set[Spot] = set()
+        self._certificates: dict[Spot, bytes] = {}  # DER, once its fingerprint was seen to be right
+        self._answers: set[asyncio.Task[None]] = set()
+
+    @property
+    def spots(self) -> list[Spot]:
+        """Where others are called: relays that we are attached to ourselves first."""
+        return sorted(self._spots, key=lambda spot: spot not in self._attached)
+
+    def use(self, spots: Iterable[Spot]) -> None:
+        """Stays attached to these from now on."""
+        for spot in spots:
+            if spot not in self._spots:
+                self._spots[spot] = asyncio.create_task(self._stay(spot))
+
+    async def call(self, peer_id: str, spot: Spot, timeout: timedelta) -> Pipe:
+        """A pipe to that very peer. ``UnreachableError`` as from dialling it, or with a code of ``relay.REFUSALS``."""
+        identity, run = self._identity, self._config.run
+        raw: DiallerPipe | None = None
+        try:
+            async with asyncio.timeout(timeout.total_seconds()):
+                raw = await self._dial(spot, CALL, timeout)
+                await enter(raw, identity, self._secret, spot, run, CALL, peer_id)
+                pipe = await Tunnel.dial(raw)
+                await prove_to_listener(pipe, identity, peer_id, fingerprint_of(pipe.certificate), run)
+            self._config.channel.meter.record_connection(peer_id, dialled=True, proof=True)
+            return pipe
+        except BaseException as error:
+            if raw is not None:
+                await raw.close()
+            if isinstance(error, TimeoutError):
+                raise UnreachableError(
+                    f"{peer_id} does not answer through the relay at {spot.address}",
+                    hint="check that it is running",
+                    code="silent",
+                ) from None
+            if isinstance(error, WireError):
+                raise UnreachableError(
+                    f"what answers through the relay at {spot.address} is not a peer", code="identity"
+                ) from None
+            raise
+
+    async def close(self) -> None:
+        tasks = [*self._spots.values(), *self._answers]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _stay(self, spot: Spot) -> None:
+        pause, told = FIRST_PAUSE, ""
+        while True:
+            try:
+                raw = await self._dial(spot, ATTACH, self._config.channel.dial_timeout)
+                try:
+                    await enter(raw, self._identity, self._secret, spot, self._config.run, ATTACH)
+                    self._attached.add(spot)
+                    pause, told = FIRST_PAUSE, ""
+                    while True:
+                        self._ring(spot, rung(await raw.recv()))
+                finally:
+                    self._attached.discard(spot)
+                    await raw.close()
+            except PotluckError as error:
+                if told != error.code:
+                    told = error.code
+                    log.info("relay %s: %s", spot.address, error)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LAST_PAUSE)
+
+    def _ring(self, spot: Spot, call: bytes) -> None:
+        if len(self._answers) < MOST_ANSWERS:
+            task = asyncio.create_task(self._answer(spot, call))
+            self._answers.add(task)
+            task.add_done_callback(self._answers.discard)
+
+    async def _answer(self, spot: Spot, call: bytes) -> None:
+        patience = self._config.channel.dial_timeout
+        with contextlib.suppress(PotluckError, TimeoutError):
+            raw = await self._dial(spot, ANSWER, patience)
+            try:
+                async with asyncio.timeout(patience.total_seconds()):
+                    await raw.send(call)
+                    pipe = await Tunnel.listen(raw, self._certificate)
+                    peer = await prove_to_dialler(pipe, self._identity, self._certificate.fingerprint, self._config)
+                if peer is not None:
+                    self._config.channel.meter.record_connection(peer, dialled=False, proof=True)
+                    await self._serve(peer, pipe)
+            finally:
+                await raw.close()
+
+    async def _dial(self, spot: Spot, method: str, timeout: timedelta) -> DiallerPipe:
+        """A stream to the relay, on a connection of its own: one that is slow holds no other up."""
+        channel: grpc.aio.Channel | None = None
+        try:
+            async with asyncio.timeout(timeout.total_seconds()):
+                if (der := self._certificates.get(spot)) is None:
+                    der = await fetch_certificate(*split_address(spot.address), timeout)
+                    if fingerprint_of(der) != spot.fingerprint:
+                        raise UnreachableError(
+                            f"another server answers at the relay's address {spot.address}",
+                            hint="tell the operator",
+                            code="certificate",
+                        )
+                    self._certificates[spot] = der
+                channel = pinned_channel(spot.address, der)
+                await channel.channel_ready()
+        except BaseException as error:
+            if channel is not None:
+                await channel.close(None)
+            if isinstance(error, TimeoutError):
+                raise UnreachableError(
+                    f"no answer from the relay at {spot.address}", hint="check that it is running", code="silent"
+                ) from None
+            raise
+        return DiallerPipe(channel, method)

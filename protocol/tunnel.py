@@ -1,0 +1,106 @@
+"""TLS inside the messages of another pipe: what carries them can neither read nor forge them.
+
+A pipe through a relay ends at the relay. So the two peers do TLS once more with each other, each with its own
+self-signed certificate (``handshake.py`` then proves the keys, bound to that certificate), and the relay moves records.
+"""
+
+from __future__ import annotations
+
+import ssl
+
+from .frames import MESSAGE_NBYTES
+from .pipe import PathKind, Pipe, PipeClosed
+from .tls import SERVER_NAME, Certificate
+
+_LENGTH_NBYTES = 4
+MOST_NBYTES = MESSAGE_NBYTES + 4096  # of one message of the pipe inside, with its length and TLS's records
+_READ_NBYTES = 64 * 1024
+
+
+class Tunnel:
+    """A pipe inside ``pipe``. Call ``open`` first; ``certificate`` (DER) is the listener's, as the dialler sees it."""
+
+    kind: PathKind = "relayed"
+
+    def __init__(self, pipe: Pipe, context: ssl.SSLContext, *, listens: bool) -> None:
+        self._pipe = pipe
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=listens, server_hostname=None if listens else SERVER_NAME
+        )
+        self._plain = bytearray()
+
+    @classmethod
+    async def listen(cls, pipe: Pipe, certificate: Certificate) -> Tunnel:
+        """The side that shows its certificate."""
+        return await cls(pipe, certificate.server_context(), listens=True)._open()
+
+    @classmethod
+    async def dial(cls, pipe: Pipe) -> Tunnel:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE  # known by its fingerprint, see handshake.py
+        return await cls(pipe, context, listens=False)._open()
+
+    @property
+    def certificate(self) -> bytes:
+        return self._tls.getpeercert(binary_form=True) or b""
+
+    async def _open(self) -> Tunnel:
+        try:
+            while True:
+                try:
+                    self._tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    await self._flush()
+                    self._feed(await self._pipe.recv())
+        except ssl.SSLError as error:
+            raise PipeClosed(f"what comes through the relay is not TLS ({error.reason})") from None
+        await self._flush()
+        return self
+
+    async def send(self, message: bytes) -> None:
+        try:
+            self._tls.write(len(message).to_bytes(_LENGTH_NBYTES, "big") + message)
+        except ssl.SSLError as error:
+            raise PipeClosed(f"the tunnel broke ({error.reason})") from None
+        await self._flush()
+
+    async def recv(self) -> bytes:
+        while (message := self._next()) is None:
+            self._feed(await self._pipe.recv())
+        return message
+
+    async def close(self) -> None:
+        await self._pipe.close()
+
+    def _next(self) -> bytes | None:
+        """The next whole message of what has been decrypted."""
+        try:
+            while True:
+                if len(self._plain) >= _LENGTH_NBYTES:
+                    end = _LENGTH_NBYTES + int.from_bytes(self._plain[:_LENGTH_NBYTES], "big")
+                    if end > _LENGTH_NBYTES + MESSAGE_NBYTES:
+                        raise PipeClosed("a message through the relay is too long")
+                    if len(self._plain) >= end:
+                        message = bytes(self._plain[_LENGTH_NBYTES:end])
+                        del self._plain[:end]
+                        return message
+                if not (data := self._tls.read(_READ_NBYTES)):
+                    raise PipeClosed("the other side ended the tunnel")
+                self._plain += data
+        except ssl.SSLWantReadError:
+            return None
+        except ssl.SSLError as error:
+            raise PipeClosed(f"what came through the relay was changed on its way ({error.reason})") from None
+
+    def _feed(self, data: bytes) -> None:
+        if len(data) > MOST_NBYTES:
+            raise PipeClosed("a message through the relay is too long")
+        self._incoming.write(data)
+
+    async def _flush(self) -> None:
+        if self._outgoing.pending:
+            await self._pipe.send(self._outgoing.read())

@@ -1,0 +1,115 @@
+"""The run's files, beside the control stream: the corpus comes in, stages of published rounds go out."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import grpc
+
+from ..protocol import control_pb2 as pb
+from ..protocol.errors import StateError, UnreachableError, WireError
+from ..protocol.failpoints import failpoint, failpoint_async
+from ..protocol.frames import Purpose
+from ..protocol.hello import BLOB, UPLOAD
+from ..protocol.meter import Meter
+from .control import COORDINATOR, STREAM_ERRORS, reason
+
+log = logging.getLogger(__name__)
+PIECE_NBYTES = 256 * 1024
+FETCH_TRIES = 60  # at a file of the run, before the worker gives up
+FETCH_PAUSE_SECONDS = 1.0
+
+
+async def at_once() -> None:
+    """Gives way to nobody."""
+
+
+class Files:
+    """``line`` gives the connection in use and the token of its session. ``give_way`` is waited for before each piece
+    that goes out."""
+
+    def __init__(
+        self, line: Callable[[], tuple[grpc.aio.Channel, bytes]], meter: Meter, is_over: Callable[[], bool]
+    ) -> None:
+        self._line, self._meter, self._is_over = line, meter, is_over
+        self.give_way: Callable[[], Awaitable[None]] = at_once
+
+    async def fetch(self, name: str, target: Path) -> None:
+        """A file of the run by its SHA-256, into ``target``; goes on where it stopped, on the next connection too."""
+        for left in reversed(range(FETCH_TRIES)):
+            try:
+                await self._fetch(name, target)
+                return
+            except UnreachableError as error:
+                if not left or self._is_over():
+                    raise
+                log.warning("%s; trying again", error)
+            await asyncio.sleep(FETCH_PAUSE_SECONDS)
+
+    async def _fetch(self, name: str, target: Path) -> None:
+        channel, token = self._line()
+        part = target.with_suffix(".part")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest, size = hashlib.sha256(), 0
+        if part.exists():
+            data = part.read_bytes()
+            digest.update(data)
+            size = len(data)
+        method = channel.unary_stream(
+            BLOB,
+            request_serializer=pb.BlobRequest.SerializeToString,
+            response_deserializer=pb.Piece.FromString,
+        )
+        try:
+            with part.open("ab") as file:
+                async for piece in method(pb.BlobRequest(token=token, name=name, offset=size)):
+                    self._meter.record(COORDINATOR, "in", Purpose.DATA, len(piece.data))
+                    failpoint("worker.corpus.piece")
+                    file.write(piece.data)
+                    digest.update(piece.data)
+        except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
+            raise UnreachableError(
+                f"the corpus did not arrive ({reason(error)})",
+                hint="Join again: it goes on from there.",
+            ) from None
+        except OSError as error:
+            raise StateError(f"{part}: {error}", hint="Free some space: --data-dir names the folder.") from None
+        if digest.hexdigest() != name:
+            part.unlink()
+            raise WireError("the corpus arrived damaged", hint="Join again.")
+        part.replace(target)
+
+    async def upload(self, step: int, stage: int, data: bytes) -> None:
+        """A stage of a published round, piece by piece behind what training sends. ``UnreachableError`` if it did not
+        arrive."""
+        channel, token = self._line()
+        digest = hashlib.sha256(data).digest()
+
+        async def pieces() -> AsyncIterator[pb.UploadPiece]:
+            for start in range(0, len(data), PIECE_NBYTES):
+                await self.give_way()
+                piece = data[start : start + PIECE_NBYTES]
+                self._meter.record(COORDINATOR, "out", Purpose.STATE, len(piece))
+                if start:
+                    yield pb.UploadPiece(data=piece)
+                else:
+                    yield pb.UploadPiece(
+                        token=token, step=step, stage=stage, nbytes=len(data), sha256=digest, data=piece
+                    )
+
+        method = channel.stream_unary(
+            UPLOAD,
+            request_serializer=pb.UploadPiece.SerializeToString,
+            response_deserializer=pb.UploadResult.FromString,
+        )
+        try:
+            await failpoint_async("worker.upload", UnreachableError)
+            result = await method(pieces())
+        except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
+            raise UnreachableError(f"the upload broke ({reason(error)})") from None
+        if not result.ok:
+            raise UnreachableError(f"the upload was refused: {result.text}")
