@@ -20,6 +20,7 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
+    "MKL_CBWR": "COMPATIBLE",  # without it MKL promises the same bits only for memory that is aligned alike
     "OPENBLAS_NUM_THREADS": "1",
     "GRPC_VERBOSITY": "NONE",
 }  # in the environment of a zygote from its start
