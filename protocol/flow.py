@@ -26,12 +26,14 @@ from .frames import (
 )
 
 _FRAME_COST = 256  # what an empty frame counts for in a window
+_TENSOR_COST = 384  # what a tensor in its header counts for besides: its name, its shape, the objects around them
+_SMALL_NBYTES = 4096  # of a part of a frame: below this it is copied, lest what is around it outweighs it
 ACK_NBYTES = 32 * 1024  # of a frame, after which its sender hears how far it is
 
 
 def cost(frame: Frame) -> int:
     """What a frame counts for in a window."""
-    return len(frame.payload) + _FRAME_COST
+    return len(frame.payload) + _FRAME_COST + _TENSOR_COST * len(frame.header.tensors)
 
 
 @dataclass(slots=True, eq=False)
@@ -148,9 +150,19 @@ class Outbox:
 @dataclass(slots=True, eq=False)
 class _Partial:
     header: Header
-    chunks: list[memoryview] = field(default_factory=list)
+    chunks: list[memoryview | bytearray] = field(default_factory=list)
     nbytes: int = 0
     checksum: int = 0
+
+    def append(self, chunk: memoryview) -> None:
+        """Small parts go into one buffer: a peer that sends a frame byte by byte makes us hold a frame, not more."""
+        last = self.chunks[-1] if self.chunks else None
+        if len(chunk) >= _SMALL_NBYTES:
+            self.chunks.append(chunk)
+        elif isinstance(last, bytearray):
+            last += chunk
+        else:
+            self.chunks.append(bytearray(chunk))
 
 
 class Inbox:
@@ -221,7 +233,7 @@ class Inbox:
             self._partial = None
             raise WireError("a frame holds more bytes than its header says")
         partial.checksum = zlib.crc32(chunk, partial.checksum)
-        partial.chunks.append(chunk)
+        partial.append(chunk)
         if partial.nbytes < header.nbytes:
             return partial.nbytes - self._told_nbytes >= ACK_NBYTES
         self._partial = None

@@ -18,6 +18,7 @@ from .config import ModelConfig
 from .errors import WireError
 
 OriginKind = Literal["init", "round", "step"]
+MOST_MICROBATCHES = 4096  # of a first-stage replica, and samples in one: what run.yaml allows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +156,12 @@ class Plan:
             for lost in self.lost:
                 if lost.peer in names:
                     names.remove(lost.peer)
+                    load = Counter(peer for peer, _ in server)
                     for m in range(count):
                         if server[m][0] == lost.peer:
-                            load = Counter(peer for peer, _ in server)
-                            server[m] = min(names, key=lambda peer: (load[peer], names.index(peer))), lost.since
+                            least = min(names, key=load.__getitem__)  # of equals the first
+                            load[least] += 1
+                            server[m] = least, lost.since
             out.append(tuple(server))
         return tuple(out)
 
@@ -235,6 +238,8 @@ class Plan:
             raise WireError("a plan with an empty stage")
         if not message.microbatches or not message.microbatch_size:
             raise WireError("a plan without microbatches")
+        if max(message.microbatches, message.microbatch_size) > MOST_MICROBATCHES:
+            raise WireError(f"a plan of {message.microbatches} microbatches of {message.microbatch_size} samples")
 
         def replicas(items: object) -> tuple[Replica, ...]:
             return tuple(Replica(peer=r.peer, addresses=tuple(r.addresses)) for r in items)  # type: ignore[attr-defined]
