@@ -80,11 +80,18 @@ class PlanIssued(Event, frozen=True, kw_only=True):
     step: int
     origin: str
     stages: tuple[tuple[str, ...], ...]  # names of the replicas
+    shares: tuple[tuple[int, ...], ...] = ()  # of each stage, the microbatches of each replica; none: even
 
     @property
     def text(self) -> str:
-        rows = "; ".join(f"stage {i}: {', '.join(names)}" for i, names in enumerate(self.stages))
+        rows = "; ".join(f"stage {i}: {self._row(i)}" for i in range(len(self.stages)))
         return f"Plan {self.generation} from step {self.step}: {rows}"
+
+    def _row(self, stage: int) -> str:
+        names, shares = self.stages[stage], self.shares[stage] if stage < len(self.shares) else ()
+        if len(shares) != len(names):
+            return ", ".join(names)
+        return ", ".join(f"{name} ({share} of {sum(shares)})" for name, share in zip(names, shares, strict=True))
 
 
 class Moving(Event, frozen=True, kw_only=True):

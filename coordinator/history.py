@@ -92,6 +92,7 @@ class Issued:
     step: int
     sample: int | None  # None: where the leases before it end, after a stop
     stages: tuple[int, ...]  # replicas
+    shares: tuple[int, ...] = ()  # microbatches of each first-stage replica; none: even
     lost: set[str] = field(default_factory=set)  # that the generation went on without
 
 
@@ -142,6 +143,7 @@ def follow(past: History, event_id: int, event: ev.Event, report: Report) -> Non
                 step=step,
                 sample=None if origin == "step" else past.sample,
                 stages=tuple(map(len, event.stages)),
+                shares=event.shares[0] if event.shares else (),
             )
         case ev.TrainingStarted(generation=generation, step=step):
             plan = past.plans.get(generation)

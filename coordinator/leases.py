@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
-from .history import CLIP, KEPT, History, Report, Tally
+from .history import CLIP, KEPT, History, Issued, Report, Tally
 from .snapshot import LedgerRow
 
 
@@ -29,8 +29,10 @@ class Window:
 class Ledger:
     """Follows the leases in the order in which they were made."""
 
-    def __init__(self, past: History, rounds: dict[int, Window], share: int, report: Report) -> None:
-        self.past, self.rounds, self.share, self.report = past, rounds, share, report
+    def __init__(self, past: History, rounds: dict[int, Window], microbatches: int, size: int, report: Report) -> None:
+        """``microbatches`` of each first-stage replica and step, on average, of ``size`` samples each."""
+        self.past, self.rounds, self.report = past, rounds, report
+        self.microbatches, self.size = microbatches, size
         self.end = 0  # of what is leased or committed, so far
         self.committed_end = 0
         self.lost: dict[int, int] = {}  # samples of lost rounds
@@ -63,24 +65,47 @@ class Ledger:
             if plan.sample is None and plan.epoch != self.epoch:
                 self.wrong(row, f"generation {row.generation} goes on from a stop that nothing led to")
             self.generation, self.epoch, self.index, self.seats = row.generation, plan.epoch, 0, []
-        width = max(1, plan.stages[0] if plan.stages else 1)
-        step, first = plan.step + self.index // width, self.base + self.index * self.share
-        position, rest = divmod(row.first - self.base, self.share)
-        if (row.step, row.first, row.count) == (step, first, self.share):
+        counts = self.counts(plan)
+        width = len(counts)
+        step, first, share = plan.step + self.index // width, self.start(counts), counts[self.index % width]
+        position, rest = self.position(counts, row.first)
+        if (row.step, row.first, row.count) == (step, first, share):
             self.index += 1
             self.seated(row, position % width, width)
         else:
             self.wrong(
                 row,
                 f"step {row.step}, {spell(row.first, row.end)} in generation {row.generation}:"
-                f" step {step}, {spell(first, first + self.share)} was next",
+                f" step {step}, {spell(first, first + share)} was next",
             )
-            known = (rest, row.count, row.step) == (0, self.share, plan.step + position // width)
+            known = (rest, row.count, row.step) == (0, counts[position % width], plan.step + position // width)
             if not known:  # it stands for the one that was due; else leases are missing, or it is there twice
                 self.index += 1
             elif position > self.index:
                 self.index = position + 1
-        self.next = self.base + self.index * self.share
+        self.next = self.start(counts)
+
+    def counts(self, plan: Issued) -> list[int]:
+        """Samples of each first-stage replica in every step."""
+        width = max(1, plan.stages[0] if plan.stages else 1)
+        whole = sum(plan.shares) == self.microbatches * width
+        if len(plan.shares) == width and whole and min(plan.shares) > 0:
+            return [share * self.size for share in plan.shares]
+        return [self.microbatches * self.size] * width
+
+    def start(self, counts: list[int]) -> int:
+        """The first sample of the lease that is due."""
+        steps, seat = divmod(self.index, len(counts))
+        return self.base + steps * sum(counts) + sum(counts[:seat])
+
+    def position(self, counts: list[int], first: int) -> tuple[int, int]:
+        """How many leases come before the one that sample ``first`` is in, and how far it is into that one."""
+        steps, rest = divmod(first - self.base, sum(counts))
+        seat = 0
+        while rest >= counts[seat]:
+            rest -= counts[seat]
+            seat += 1
+        return steps * len(counts) + seat, rest
 
     def seated(self, row: LedgerRow, seat: int, width: int) -> None:
         """A generation's replicas take the same part of every step; a lost one's goes to others."""

@@ -22,9 +22,9 @@ from ..protocol import control_pb2 as pb
 from ..protocol.failpoints import failpoint
 from ..protocol.plan import Plan
 from . import events as ev
-from .dividing import Dividing
 from .losses import short_of_quorum
 from .planning import Start, Wait, choose, make_plan
+from .sharing import Sharing, shared
 from .state import (
     Command,
     Commit,
@@ -73,7 +73,7 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
     return turn.state, turn.commands
 
 
-class Machine(Dividing):
+class Machine(Sharing):
     """Decides what follows from the state."""
 
     def advance(self) -> None:
@@ -152,7 +152,12 @@ class Machine(Dividing):
             else:
                 leaves = any(members[p].leaving for p in plan.peers if p in members)
                 wish = self.state.redivide
-                if leaves or (wish is not None and wish.begun) or (self.settled() and self.are_due()):
+                if (
+                    leaves
+                    or (wish is not None and wish.begun)
+                    or self.is_uneven()
+                    or (self.settled() and self.are_due())
+                ):
                     self.close("round")
         self.grant()
         if self.state.closing == "save" and all(self.has_stop(p) for p in plan.peers):
@@ -360,7 +365,7 @@ class Machine(Dividing):
         if mark.kind != "step" and state.generation:
             self.commands.append(ReturnLeases(reason="a new plan starts from the last committed round"))
             self.set(stop=None)
-        plan = make_plan(self.rules, self.state, start)
+        plan = shared(self.state, make_plan(self.rules, self.state, start))
         self.commands.append(Remember(generation=plan.generation, stop=self.state.stop))
         for member in list(self.state.members.values()):
             prepared = None if member.peer in plan.peers else member.prepared
@@ -373,5 +378,13 @@ class Machine(Dividing):
         self.set(evaluated=min(state.evaluated, kept), charted=min(state.charted, kept))
         failpoint("coordinator.plan.issued")
         names = tuple(tuple(self.state.members[p].name for p in peers) for peers in start.seats)
-        self.journal(ev.PlanIssued(generation=plan.generation, step=mark.step, origin=mark.kind, stages=names))
+        self.journal(
+            ev.PlanIssued(
+                generation=plan.generation,
+                step=mark.step,
+                origin=mark.kind,
+                stages=names,
+                shares=tuple(stage.shares for stage in plan.stages),
+            )
+        )
         self.enter("preparing", "workers take over their stages")

@@ -56,6 +56,8 @@ def shifted(state: RunState, seconds: float) -> RunState:
         redivide=None if state.redivide is None else replace(state.redivide, since=state.redivide.since + seconds),
         looked=state.looked + seconds,
         whole_until=state.whole_until + seconds,
+        uneven=None if state.uneven is None else state.uneven + seconds,
+        shared=state.shared and state.shared + seconds,
         last_join=state.last_join + seconds,
         unaware={peer: at + seconds for peer, at in state.unaware.items()},
         leased_at={step: expires + seconds for step, expires in state.leased_at.items()},

@@ -84,6 +84,8 @@ class Member:
     digest: bytes = b""  # of the reference weights it is ready with
     step: int = 0  # steps done in the current generation
     state: str = "waiting"
+    pace: float | None = None  # seconds that it computes for a microbatch, for each unit of its stage's work
+    paced: int = 0  # steps that this was learned from
     relayed: frozenset[str] = frozenset()  # peers that it reaches through a relay
     busy: float | None = 0.0  # since when it waits for nobody, as of its heartbeats; None: it waits
 
@@ -196,6 +198,8 @@ class RunState:
     redivide: Redivide | None = None
     looked: float = 0.0  # when divisions were compared last
     whole_until: float = 0.0  # a division failed: until then the layers stay as they are
+    uneven: float | None = None  # since when other shares would be clearly faster
+    shared: float = 0.0  # when a generation last ended for that
     slow: frozenset[str] = frozenset()  # who was to move and did not get ready in time
     keeping: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # peer -> others' stages, by the newest plan
 

@@ -52,6 +52,14 @@ class Turn(ABC):
     def consider_division(self) -> None:
         """The layers may have to be divided anew."""
 
+    @abstractmethod
+    def consider_shares(self) -> None:
+        """Replicas may need other shares of a step."""
+
+    @abstractmethod
+    def paced(self, member: Member, done: pb.StepDone) -> Member:
+        """A member, with what its step tells of its speed."""
+
     # What comes in.
 
     def joined(self, member: Member) -> None:
@@ -181,7 +189,7 @@ class Turn(ABC):
     def step_done(self, member: Member, message: pb.StepDone) -> None:
         if not member.step <= message.step < self.state.until:  # after a restart it may be ahead of what is known
             return
-        self.member(replace(member, step=message.step + 1))
+        self.member(replace(self.paced(member, message), step=message.step + 1))
         plan = self.state.plan
         assert plan is not None
         last = {r.peer for r in plan.replicas[-1]}
@@ -296,6 +304,7 @@ class Turn(ABC):
             self.look_for_hangs()
             self.consider_move()
             self.consider_division()
+            self.consider_shares()
 
     # Small change.
 

@@ -57,7 +57,7 @@ def examine(snapshot: Snapshot) -> Report:
     if (last := snapshot.meta("generation", int, 0)) != history.generation:
         report.found("meta", None, f"generation {last} is stored, the journal's newest is {history.generation}")
     rounds = check_rounds(snapshot, history, report)
-    ledger = Ledger(history, rounds, config.pipeline.microbatches * config.pipeline.microbatch_size, report)
+    ledger = Ledger(history, rounds, config.pipeline.microbatches, config.pipeline.microbatch_size, report)
     for row in readable(snapshot, LedgerRow, report):
         ledger.follow(row)
     ledger.finish(snapshot.meta("stop", Stop | None, None))  # type: ignore[arg-type]

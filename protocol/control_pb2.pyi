@@ -143,18 +143,20 @@ class Replica(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Stage(_message.Message):
-    __slots__ = ("first_layer", "last_layer", "replicas", "donors", "digest")
+    __slots__ = ("first_layer", "last_layer", "replicas", "donors", "digest", "shares")
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     DONORS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
     first_layer: int
     last_layer: int
     replicas: _containers.RepeatedCompositeFieldContainer[Replica]
     donors: _containers.RepeatedCompositeFieldContainer[Replica]
     digest: bytes
-    def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., donors: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    shares: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., donors: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., digest: _Optional[bytes] = ..., shares: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Lost(_message.Message):
     __slots__ = ("peer", "since")

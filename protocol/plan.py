@@ -66,13 +66,17 @@ class Replica:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """Layers [first_layer, last_layer), the replicas that hold them, and the peers that hold the starting state."""
+    """Layers [first_layer, last_layer), the replicas that hold them, and the peers that hold the starting state.
+
+    ``shares``: microbatches of a step that each replica serves; empty: as even as can be.
+    """
 
     first_layer: int
     last_layer: int
     replicas: tuple[Replica, ...]
     donors: tuple[Replica, ...] = ()
     digest: bytes = b""  # of the starting reference weights, if they are a committed round's
+    shares: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ class Lost:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One generation's division of work. ``microbatches`` is per first-stage replica and step.
+    """One generation's division of work. ``microbatches`` is per first-stage replica and step, on average.
 
     When a replica is lost while others of its stage live, the generation goes on: ``lost`` grows, what the lost one
     served moves to the others, and rounds up to ``void`` steps are left out (their samples go into the next). A
@@ -138,6 +142,11 @@ class Plan:
     def microbatches_per_step(self) -> int:
         return self.microbatches * len(self.stages[0].replicas)
 
+    def shares(self, stage: int) -> tuple[int, ...]:
+        """Microbatches of a step that each replica of a stage serves at the generation's beginning."""
+        chosen = self.stages[stage]
+        return chosen.shares or even_shares(self.microbatches_per_step, len(chosen.replicas))
+
     @property
     def samples_per_step(self) -> int:
         return self.microbatches_per_step * self.microbatch_size
@@ -147,20 +156,21 @@ class Plan:
         """Of each stage and microbatch, who serves it, and from which step on.
 
         Neighbours stay on one chain. What a lost replica served goes, microbatch by microbatch, to whoever of the
-        stage has the fewest; what others serve stays with them.
+        stage has the fewest for its share; what others serve stays with them.
         """
-        count, out = self.microbatches_per_step, []
-        for stage in self.stages:
+        out = []
+        for i, stage in enumerate(self.stages):
             names = [r.peer for r in stage.replicas]
-            server = [(names[m * len(names) // count], self.first_step) for m in range(count)]
+            share = dict(zip(names, self.shares(i), strict=True))
+            server = [(peer, self.first_step) for peer in names for _ in range(share[peer])]
             for lost in self.lost:
                 if lost.peer in names:
                     names.remove(lost.peer)
                     load = Counter(peer for peer, _ in server)
-                    for m in range(count):
-                        if server[m][0] == lost.peer:
-                            least = min(names, key=load.__getitem__)  # of equals the first
-                            load[least] += 1
+                    for m, (peer, _) in enumerate(server):
+                        if peer == lost.peer:
+                            least = min(names, key=lambda name: (load[name] + 1) / max(1, share[name]))
+                            load[least] += 1  # of equals the first
                             server[m] = least, lost.since
             out.append(tuple(server))
         return tuple(out)
@@ -168,7 +178,16 @@ class Plan:
     @property
     def seats(self) -> list[range]:
         """The microbatches of each lease of a step: what a first-stage replica served at the generation's beginning."""
-        return [range(i * self.microbatches, (i + 1) * self.microbatches) for i in range(len(self.stages[0].replicas))]
+        ends = [0, *itertools.accumulate(self.shares(0))]
+        return [range(start, end) for start, end in itertools.pairwise(ends)]
+
+    @cached_property
+    def _turns(self) -> list[int]:
+        return [m - seat.start for seat in self.seats for m in seat]
+
+    def turn(self, microbatch: int) -> int:
+        """Which one of its first-stage replica's a microbatch is."""
+        return self._turns[microbatch]
 
     def replica_of(self, stage: int, microbatch: int) -> int:
         """Index of the replica of ``stage`` that serves ``microbatch``."""
@@ -211,6 +230,7 @@ class Plan:
                     replicas=replicas(s.replicas),
                     donors=replicas(s.donors),
                     digest=s.digest,
+                    shares=s.shares,
                 )
                 for s in items
             ]
@@ -252,6 +272,7 @@ class Plan:
                     replicas=replicas(s.replicas),
                     donors=replicas(s.donors),
                     digest=bytes(s.digest),
+                    shares=tuple(s.shares),
                 )
                 for s in items
             )
@@ -269,12 +290,22 @@ class Plan:
             stages=stages(message.stages),
             parts=stages(message.parts),
         )
+        for stage in plan.stages:
+            whole = sum(stage.shares) == plan.microbatches_per_step and len(stage.shares) == len(stage.replicas)
+            if stage.shares and not (whole and all(stage.shares)):
+                raise WireError("a plan whose shares are not those of its replicas")
         same_end = not plan.parts or plan.parts[-1].last_layer == plan.stages[-1].last_layer
         if plan.parts and not (same_end and is_whole(plan.parts) and is_whole(plan.stages)):
             raise WireError("a plan whose stages cannot be made of those before it")
         if not all(plan.replicas):
             raise WireError("a plan that has lost every replica of a stage")
         return plan
+
+
+def even_shares(count: int, replicas: int) -> tuple[int, ...]:
+    """``count`` microbatches among replicas, the first ones with one more if need be."""
+    ends = [-(-i * count // replicas) for i in range(replicas + 1)]
+    return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
 def is_whole(stages: tuple[StagePlan, ...]) -> bool:

@@ -166,7 +166,7 @@ class Pipeline:
     def _turn(self, lane: Lane) -> tuple[int, int, int]:
         """When a microbatch's turn is: the first ones of all first-stage replicas come before any of their second ones,
         so that whoever serves several of those keeps none waiting."""
-        return lane.step, lane.m % self.seat.plan.microbatches, lane.m
+        return lane.step, self.seat.plan.turn(lane.m), lane.m
 
     def _update(self) -> StepResult:
         started, self._waited = time.perf_counter(), 0.0

@@ -3,6 +3,7 @@
     python -m benchmarks.links efficiency      share of the unlimited line's speed that it keeps, by line
     python -m benchmarks.links contest         time to the same loss, against others: benchmarks/rivals/requirements.txt
     python -m benchmarks.links churn           throughput kept while machines lose power and come back, scaled time
+    python -m benchmarks.links uneven          one machine is slower than the others: a step before and after new shares
     python -m benchmarks.links schedule        the order of a step against the best possible
     python -m benchmarks.links report          docs/BENCHMARKS.md from what the others have found
 
@@ -22,10 +23,11 @@ from typing import Any
 
 from benchmarks.netlab.profiles import PROFILES
 
-from . import churn, contest, report
+from . import churn, contest, report, uneven
 from .runs import Failed, measure, read_trace
 from .scale import LAYOUTS, SETTINGS
-from .schedule import best, even, one_f_one_b, replay, uneven
+from .schedule import best, even, one_f_one_b, replay
+from .schedule import uneven as uneven_stages
 
 DOCS = Path(__file__).parents[2] / "docs"
 LINES = ("100m", "home-fibre", "home-cable", "home-dsl", "worldwide-8")
@@ -115,6 +117,17 @@ def survive(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def unevenly(options: argparse.Namespace) -> dict[str, Any]:
+    """A slow machine, and how much of it the others feel."""
+    rows = []
+    for times in options.times:
+        with tempfile.TemporaryDirectory() as name:
+            rows.append(asdict(uneven.share(LAYOUTS["2x2"], times, options.line, Path(name))))
+        print(rows[-1], flush=True)
+        report.save(DOCS, "uneven", {"rows": rows})
+    return {"rows": rows}
+
+
 def schedules(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a step whose stages take a second a microbatch, by our rule, by 1F1B, and at best."""
     rows = []
@@ -123,7 +136,7 @@ def schedules(options: argparse.Namespace) -> dict[str, Any]:
         for stages, count in ((2, 16), (4, 16))
         for wire, latency in ((0.0, 0.0), (0.2, 0.05), (0.5, 0.1), (0.5, 0.5), (1.0, 0.1), (1.5, 0.2))
     ]
-    cases += [(f"3 uneven stages, seed {seed}", uneven(3, seed), 8) for seed in range(8)]
+    cases += [(f"3 uneven stages, seed {seed}", uneven_stages(3, seed), 8) for seed in range(8)]
     for name, times, count in cases:
         shortest, proven = best(times, count, options.nodes)
         row = {"case": name, "microbatches": count, "best": shortest, "proven": proven}
@@ -157,12 +170,21 @@ def main() -> None:
     four.add_argument("--layout", default="2x2", choices=sorted(LAYOUTS))
     four.add_argument("--seconds", type=float, default=390.0, help="of training: 390 are an hour of 2x2's real run")
     four.add_argument("--seed", type=int, default=1)
+    five = parts.add_parser("uneven", help="one machine slower than the others")
+    five.add_argument("--times", nargs="+", type=float, default=[3.0], help="as long as the others for a microbatch")
+    five.add_argument("--line", default="unlimited", choices=sorted(PROFILES))
     three = parts.add_parser("schedule", help="the order of a step against the best possible")
     three.add_argument("--nodes", type=int, default=50_000, help="of the search, at most, before a bound is told")
     parts.add_parser("report", help="docs/BENCHMARKS.md")
     options = parser.parse_args()
     if options.part != "report":
-        run = {"efficiency": efficiency, "contest": compete, "churn": survive, "schedule": schedules}
+        run = {
+            "efficiency": efficiency,
+            "contest": compete,
+            "churn": survive,
+            "uneven": unevenly,
+            "schedule": schedules,
+        }
         run[options.part](options)
     report.write(DOCS)
     print(json.dumps({"written": "docs/BENCHMARKS.md"}))

@@ -211,6 +211,28 @@ What they said on the way:
 """
 
 
+def uneven(found: dict[str, Any]) -> str:
+    """One slow machine."""
+    rows = "\n".join(
+        f"| {r['layout']} | {r['profile']} | {r['times']:g} | {r['before']:.2f} | {r['after']:.2f} |"
+        f" {r['before'] / r['after']:.2f} | {r['calculated']:.2f} | {shares_of(r['shares'])} |"
+        for r in found["rows"]
+    )
+    return f"""## One slow machine
+
+One of the machines takes several times as long for a microbatch; after a minute its stage's microbatches are shared by
+what each was seen to need. *Computing is replaced by calibrated waiting.* *Calculated*: the most that shares can bring.
+
+| layout | line | times as slow | before, s/step | after, s/step | times as fast | calculated | shares |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |
+{rows}
+"""
+
+
+def shares_of(stages: Sequence[Sequence[int]]) -> str:
+    return "; ".join(f"stage {i}: {' + '.join(map(str, shares)) or 'even'}" for i, shares in enumerate(stages))
+
+
 def churn(found: dict[str, Any]) -> str:
     rows = []
     for r in found["rows"]:
@@ -262,6 +284,8 @@ def write(docs: Path) -> None:
         parts += [f"Emulation: {how}.\n", efficiency(found["efficiency"]), critical(found["efficiency"])]
     if "contest" in found:
         parts.append(contest(found["contest"]))
+    if "uneven" in found:
+        parts.append(uneven(found["uneven"]))
     if "churn" in found:
         parts.append(churn(found["churn"]))
     if "schedule" in found:

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,12 @@ def quicken(lab: Lab, host: int, time_factor: float) -> None:
 
 
 class Crew:
-    """Its coordinator on host 0, its workers on those after it; ``config`` is run.yaml, ``pace`` host.py's."""
+    """Its coordinator on host 0, its workers on those after it; ``config`` is run.yaml, ``pace`` host.py's.
+
+    ``slow``: hosts that take so many times as long to compute.
+    """
+
+    slow: Mapping[int, float] = {}
 
     def __init__(self, lab: Lab, config: dict[str, Any], pace: dict[str, Any], count: int, folder: Path) -> None:
         self.lab, self.config, self.pace, self.count, self.folder = lab, config, pace, count, folder
@@ -150,7 +155,9 @@ class Crew:
     def join(self, host: int) -> None:
         """Starts the worker of a host, or starts it again."""
         trace, home = self.folder / f"w{host}.trace", self.folder / f"w{host}"
-        start = [sys.executable, "-m", "benchmarks.links.host", json.dumps(self.pace), str(trace), "--"]
+        times = self.slow.get(host, 1.0)
+        pace = self.pace | {way: times * self.pace[way] for way in ("forward", "backward")}
+        start = [sys.executable, "-m", "benchmarks.links.host", json.dumps(pace), str(trace), "--"]
         join = [
             "worker",
             "join",

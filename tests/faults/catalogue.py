@@ -240,6 +240,15 @@ def newcomers() -> Iterator[Scenario]:
         yield at(GROWS, "carl", point, "kill", 1, "any", ci=point == "worker.seat.fetched", **more)  # type: ignore[arg-type]
 
 
+def unevens() -> Iterator[Scenario]:
+    """Of each stage one replica serves three microbatches of four, and either may be lost."""
+    speeds = {"anna": 3.0, "ben": 5.0, "carl": 2.0}
+    yield Scenario(layout=TWO, speeds=speeds, expect="on", ci=True)
+    for name in ("anna", "dora"):
+        where = Trouble(where=name, mode="kill")
+        yield Scenario(layout=TWO, speeds=speeds, troubles=(where,), expect="without", ci=name == "anna")
+
+
 def divisions() -> Iterator[Scenario]:
     """Three workers train three stages faster than two: the layers are divided anew, for the third one."""
     more = {
@@ -310,6 +319,7 @@ def every() -> list[Scenario]:
         *two_replicas(),
         *deaths(),
         *newcomers(),
+        *unevens(),
         *divisions(),
         *lines(),
         *redialling(),

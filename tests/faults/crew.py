@@ -122,6 +122,7 @@ class Crew:
                 dial=dial,
                 announce=announce,
                 sabotage=what if who == name else "",
+                speed=self.scenario.speeds.get(name, 1.0),
             )
         self.processes[name] = spawn(name, self.folder / f"{name}.log", work)
 

@@ -61,6 +61,7 @@ def worker(
     dial: str = "",
     announce: str = "",
     sabotage: str = "",
+    speed: float = 1.0,
 ) -> None:
     """``potluck worker join``. ``dial``: a proxy before the coordinator; ``announce``: one before this worker."""
     from datetime import timedelta
@@ -97,6 +98,7 @@ def worker(
             expires=decoded.expires,
         ).encode()
     options = ["--name", name, "--data-dir", str(folder / name), "--threads", "1", "--memory-gb", "4"]
+    options += ["--speed", str(speed)]
     cli.main(["worker", "join", ticket, *options])
 
 

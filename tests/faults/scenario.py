@@ -94,6 +94,7 @@ class Scenario:
     steps: int = 24
     times: Times = AS_IT_IS
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speeds: dict[str, float] = field(default_factory=dict)  # that workers say they have
     restart: bool = True  # who dies is started again
     sabotage: str = ""  # a worker that trains otherwise than it says, for a proof that it is found
     ci: bool = False
@@ -101,7 +102,8 @@ class Scenario:
     @property
     def name(self) -> str:
         lone = "" if self.restart else "for good"
-        words = [self.layout.name, *map(str, (*self.faults, *self.troubles)), lone, self.sabotage]
+        fast = " ".join(f"{name}x{speed:g}" for name, speed in self.speeds.items())
+        words = [self.layout.name, fast, *map(str, (*self.faults, *self.troubles)), lone, self.sabotage]
         return " ".join(filter(None, words))
 
     @property

@@ -221,6 +221,8 @@ class Watch:
                 case Journal(event=PlanIssued(generation=generation)) if generation in self.drafts:
                     hold(generation not in self.plans, f"generation {generation} is planned twice")
                     self.plans[generation] = plan = self.drafts.pop(generation)
+                    if any(stage.shares for stage in plan.stages):
+                        self.reach("a plan of uneven shares")
                     if plan.origin == "step":
                         self.reach("an orderly stop is gone on from")
                     if plan.first_step < self.now.committed[1]:

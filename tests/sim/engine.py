@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from potluck.protocol.plan import SavePoint
 from potluck.worker import engine as engine_module
 from potluck.worker import origin as origin_module
 from potluck.worker import pipeline as pipeline_module
+from potluck.worker import publishing as publishing_module
 from potluck.worker.boundary import EVAL, TRAIN, Seat
 from potluck.worker.engine import Engine
 from potluck.worker.outside import EngineConfig
@@ -295,6 +296,10 @@ class Views:
         self.newest = (view, self.newest[1] + 1)
         self._bell.ring()
 
+    def close(self) -> None:
+        self.closed = True
+        self._bell.ring()
+
     def wait(self, seen: int) -> None:
         self.idle = True
         fiber.wait(self._bell, lambda: self.closed or self.newest[1] != seen)
@@ -316,7 +321,7 @@ class Headquarters:
     def corpus(self) -> Path:
         return Path()
 
-    def publish(self, step: int, stage: int, data: bytes) -> None:
+    def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
         worker = self._worker
         coordinator, plan = worker.world.coordinator, worker.links.plan
         if plan is None or not coordinator.upload(worker.peer, step, stage):
@@ -335,7 +340,9 @@ class SimEngine(Engine):
         links: Any = worker.links
         super().__init__(config, worker.views, links, worker.mailbox, worker.states, Headquarters(worker))  # type: ignore[arg-type]
         self.worker = worker
-        self._rounds = fiber.Executor(worker.kernel, worker.process, worker.bell)  # type: ignore[assignment]
+        self._rounds, self._uploads = (  # type: ignore[assignment]
+            fiber.Executor(worker.kernel, worker.process, worker.bell) for _ in range(2)
+        )
 
     def _build(self, layers: tuple[int, int]) -> Any:
         return SimStage(self.worker, *layers)
@@ -367,9 +374,9 @@ def patched(world: World) -> Iterator[None]:
             (engine_module, "Synchronizer", SimSynchronizer),
             (engine_module, "apply", apply),
             (engine_module, "digest", lambda vector: vector.name),
-            (engine_module, "time", clock),
             (origin_module, "divided", divided),
             (pipeline_module, "time", clock),
+            (publishing_module, "time", clock),
         ):
             stack.enter_context(patch.object(module, name, value))
         yield

@@ -18,7 +18,14 @@ REACHED = (  # situations without which the histories would prove little
     *("a report is taken twice", "a step_done of another generation", "a round_done of another generation"),
     *("a fault of another generation", "a saved of another generation", "an orderly stop is gone on from"),
     *("Rerouted", "Relet", "Held", "Degraded", "a generation loses a second one", "a round_done of another attempt"),
-    *("a plan from an older round", "a step_done of who is lost", "Moving", "Moved", "Redivided"),
+    *(
+        "a plan from an older round",
+        "a step_done of who is lost",
+        "a plan of uneven shares",
+        "Moving",
+        "Moved",
+        "Redivided",
+    ),
 )
 
 pytestmark = pytest.mark.timeout(900)

@@ -64,7 +64,7 @@ def a_config(rng: random.Random, size: int) -> RunConfig:
         coordinator=CoordinatorConfig(
             wait_for=rng.choice([0, size]),
             lease_seconds=rng.choice([30.0, 120.0]),
-            patience_seconds=rng.choice([5.0, 60.0]),
+            patience_seconds=rng.choice([1.0, 1.0, 5.0, 60.0]),
             prepare_seconds=rng.choice([0.0, 30.0]),
         ),
     )
