@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .errors import UnreachableError
+from .errors import ConfigError, UnreachableError
 
 MOST_PARTS = 16
 ID_NBYTES = 38  # of an Ed25519 key: it holds the key itself
@@ -21,6 +21,9 @@ _CODES |= {"p2p": 421, "quic-v1": 461}
 _ALONE = frozenset({"p2p-circuit", "quic-v1"})  # no value follows
 
 
+ANYWHERE = "/p2p/"  # an address that is only an id: the daemon can be called at the relays of the run
+
+
 class Places(NamedTuple):
     """A daemon, and where it can be dialled: addresses without its id."""
 
@@ -28,20 +31,39 @@ class Places(NamedTuple):
     addresses: tuple[str, ...]
 
     @classmethod
-    def of(cls, addresses: Sequence[str]) -> Places:
-        """``UnreachableError`` unless all lead to one daemon."""
-        ends = [address.rpartition("/p2p/") for address in addresses]
+    def of(cls, addresses: Sequence[str], relays: Sequence[str] = ()) -> Places:
+        """``UnreachableError`` unless all lead to one daemon. An id alone stands for a place at each of ``relays``."""
+        ends = [
+            place.rpartition("/p2p/")
+            for address in addresses
+            for place in ([r + "/p2p-circuit" + address for r in relays] if is_only_id(address) else [address])
+        ]
         peers = {peer for _, _, peer in ends}
         if len(peers) != 1 or not all(place for place, _, _ in ends):
             raise UnreachableError("these are not the addresses of one libp2p daemon", hint="tell the operator")
-        for address in addresses:
-            encode(address)
+        for place, _, peer in ends:
+            encode(f"{place}/p2p/{peer}")
         return cls(peers.pop(), tuple(place for place, _, _ in ends))
+
+
+def check_relay(text: str) -> None:
+    """``ConfigError`` unless it is a daemon's address, with its id."""
+    try:
+        Places.of([text])
+    except UnreachableError:
+        raise ConfigError(
+            f"{text[:200]!r} is not a libp2p relay",
+            hint="Copy a line that `python -m potluck.protocol.p2p_relay` prints: /ip4/.../tcp/.../p2p/...",
+        ) from None
 
 
 def is_multiaddr(address: str) -> bool:
     """Rather than ``host:port``."""
     return address.startswith("/")
+
+
+def is_only_id(address: str) -> bool:
+    return address.startswith(ANYWHERE) and address.count("/") == 2
 
 
 def is_relayed(address: str) -> bool:

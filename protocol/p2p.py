@@ -100,7 +100,7 @@ class Libp2p:
 
         ``UnreachableError`` as from every other way.
         """
-        places = Places.of(addresses)
+        places = Places.of(addresses, self.daemon.config.relays)
         stream = await self.daemon.open(places, timeout)
         pipe = StreamPipe(stream.reader, stream.writer, kind_of(stream))
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import re
@@ -34,7 +35,6 @@ START_SECONDS = 20.0  # 0.3-1.7 on a small machine, and hivemind's import before
 STOP_SECONDS = 3.0
 FIRST_PAUSE, LAST_PAUSE = 0.5, 60.0  # seconds before it is started again
 STEADY_SECONDS = 60.0  # one that lived for so long is started again at once
-LISTEN = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1")
 
 Handler = Callable[["Stream"], Awaitable[None]]
 
@@ -52,7 +52,7 @@ class DaemonConfig:
     ``serves``: it is a relay for others, itself. ``map_port`` asks the router at home to let peers in (UPnP, NAT-PMP).
     """
 
-    listen: tuple[str, ...] = LISTEN
+    listen: tuple[str, ...]
     announce: tuple[str, ...] = ()
     relays: tuple[str, ...] = ()
     serves: bool = False
@@ -81,10 +81,10 @@ class Daemon:
     """``handler`` gets every stream that a peer opens with ``protocol``, and closes it."""
 
     def __init__(self, identity: Identity, config: DaemonConfig, protocol: str, handler: Handler) -> None:
-        self._key = Ed25519PrivateKey.from_private_bytes(identity.derive(b"potluck libp2p key 1"))
-        self.peer = id_of(self._key.public_key().public_bytes_raw())
+        self._key = key_of(identity)
+        self.peer = name_of(identity)
         self.addresses: tuple[str, ...] = ()
-        self._config, self._protocol, self._handler = config, protocol, handler
+        self.config, self._protocol, self._handler = config, protocol, handler
         self._listen = config.listen
         self._p2p: Any = None
         self._keeping: asyncio.Task[None] | None = None
@@ -164,15 +164,15 @@ class Daemon:
                 self._write_key(identity)
                 p2p = await self._class(tools, folder, made).create(
                     host_maddrs=self._listen,
-                    announce_maddrs=self._config.announce or None,
+                    announce_maddrs=self.config.announce or None,
                     identity_path=str(identity),
                     check_if_identity_free=False,  # it reads RSA keys alone, and asks the network
                     dht_mode="client",
-                    nat_port_map=self._config.map_port,
+                    nat_port_map=self.config.map_port,
                     auto_nat=True,  # hole punching is off without
-                    force_reachability="public" if self._config.serves else "private" if self._config.relays else None,
-                    use_auto_relay=bool(self._config.relays),
-                    trusted_relays=self._config.relays or None,
+                    force_reachability="public" if self.config.serves else "private" if self.config.relays else None,
+                    use_auto_relay=bool(self.config.relays),
+                    trusted_relays=self.config.relays or None,
                     startup_timeout=START_SECONDS / 2,
                 )
                 await p2p.add_binary_stream_handler(self._protocol, self._handle)
@@ -198,7 +198,7 @@ class Daemon:
 
     def _class(self, tools: Any, folder: Path, made: list[Any]) -> Any:
         """hivemind's ``P2P`` with what it has no argument for. ``made`` gets the instance before anything runs."""
-        one_core = "1" if self._config.serves else "0"
+        one_core = "1" if self.config.serves else "0"
         launcher = [sys.executable, "-I", "-S", confined.__file__, str(os.getpid()), one_core]
 
         class Confined(tools.P2P):
@@ -233,6 +233,25 @@ class Daemon:
             p2p, self._p2p = self._p2p, None
             await _end(p2p)
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def key_of(identity: Identity) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(identity.derive(b"potluck libp2p key 1"))
+
+
+def name_of(identity: Identity) -> str:
+    """The id of a peer's daemon, whether it runs or not."""
+    return id_of(key_of(identity).public_key().public_bytes_raw())
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("hivemind") is not None
+
+
+def listen_at(host: str) -> tuple[str, ...]:
+    """Any free ports of an address of this machine, over TCP and over QUIC."""
+    there = f"/ip{6 if ':' in host else 4}/{host}"
+    return f"{there}/tcp/0", f"{there}/udp/0/quic-v1"
 
 
 def with_port(address: str, found: Sequence[str]) -> str:

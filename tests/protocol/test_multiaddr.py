@@ -61,6 +61,13 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_addresses_lead_to_one_daemon() -> None:
     through = f"/ip4/1.2.3.4/tcp/5/p2p/{OTHER}/p2p-circuit"
     assert Places.of([f"/ip4/1.2.3.4/tcp/5/p2p/{ID}", f"{through}/p2p/{ID}"]) == (ID, ("/ip4/1.2.3.4/tcp/5", through))
-    for wrong in ([], [f"/ip4/1.2.3.4/tcp/5/p2p/{ID}", f"/ip4/1.2.3.4/tcp/5/p2p/{OTHER}"], ["/ip4/1.2.3.4/tcp/5"]):
+    relays = [f"/ip4/1.2.3.4/tcp/5/p2p/{OTHER}", f"/dns4/a.example/tcp/6/p2p/{OTHER}"]
+    assert Places.of([f"/p2p/{ID}"], relays) == (ID, tuple(relay + "/p2p-circuit" for relay in relays))
+    for wrong in (
+        [f"/p2p/{ID}"],
+        [],
+        [f"/ip4/1.2.3.4/tcp/5/p2p/{ID}", f"/ip4/1.2.3.4/tcp/5/p2p/{OTHER}"],
+        ["/ip4/1.2.3.4/tcp/5"],
+    ):
         with pytest.raises(UnreachableError):
             Places.of(wrong)

@@ -128,7 +128,7 @@ async def start_relayed(rig: Rig) -> None:
     behind = DaemonConfig(listen=TCP.listen, relays=relay.addresses)
     await rig.a.use_p2p(behind)
     await rig.b.use_p2p(behind)
-    rig.addresses = [f"{relay.addresses[0]}/p2p-circuit/p2p/{rig.b.p2p_id}"]
+    rig.addresses = [f"/p2p/{rig.b.p2p_id}"]
 
 
 async def never() -> None:
