@@ -186,7 +186,7 @@ class Daemon:
                 why = one_line(str(error)) or type(error).__name__
                 raise DaemonError(
                     f"no libp2p here, peers are reached over gRPC alone: {why}",
-                    hint='pip install "potluck[p2p]" (Linux, macOS)',
+                    hint='pip install -e ".[p2p]" (Linux, macOS)',
                 ) from None
             raise
         finally:

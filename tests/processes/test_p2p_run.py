@@ -19,7 +19,7 @@ SAMPLES_PER_STEP = 4  # 2 microbatches of 2
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.skipif(importlib.util.find_spec("hivemind") is None, reason="needs hivemind: pip install potluck[p2p]")
+@pytest.mark.skipif(importlib.util.find_spec("hivemind") is None, reason="hivemind is not installed")
 def test_a_run_over_libp2p_alone(network: Any, tmp_path: Path) -> None:
     """``lan: false`` makes loopback no address that others are told of."""
     command = [sys.executable, "-m", "potluck.protocol.p2p_relay", "--key", str(tmp_path / "relay.key")]

@@ -29,7 +29,7 @@ SECOND = timedelta(seconds=1)
 SECRET = "a secret of the run"
 TCP = DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",))
 needs_hivemind = pytest.mark.skipif(
-    importlib.util.find_spec("hivemind") is None, reason="hivemind is not installed: pip install potluck[p2p]"
+    importlib.util.find_spec("hivemind") is None, reason='hivemind is not installed: pip install -e ".[p2p]"'
 )
 
 
