@@ -31,7 +31,7 @@ from .identity import Identity
 from .multiaddr import Places, encode, id_of, is_relayed
 
 log = logging.getLogger(__name__)
-START_SECONDS = 20.0  # 0.3-1.7 on a small machine, and hivemind's import before it
+START_SECONDS = 20.0  # it takes 0.3-1.7 on a small machine
 STOP_SECONDS = 3.0
 FIRST_PAUSE, LAST_PAUSE = 0.5, 60.0  # seconds before it is started again
 STEADY_SECONDS = 60.0  # one that lived for so long is started again at once
@@ -158,8 +158,8 @@ class Daemon:
         folder = Path(tempfile.mkdtemp(prefix="potluck-p2p-"))  # of ours alone: the key, and sockets to the daemon
         made: list[Any] = []
         try:
+            tools = await asyncio.to_thread(_hivemind)
             async with asyncio.timeout(START_SECONDS):
-                tools = await asyncio.to_thread(_hivemind)
                 identity = folder / "key"
                 self._write_key(identity)
                 p2p = await self._class(tools, folder, made).create(
@@ -246,6 +246,12 @@ def name_of(identity: Identity) -> str:
 
 def is_installed() -> bool:
     return importlib.util.find_spec("hivemind") is not None
+
+
+def preload() -> None:
+    """Imports what is slow to import. What is wrong with it is told of when it is used."""
+    with contextlib.suppress(Exception):
+        _hivemind()
 
 
 def listen_at(host: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from ..protocol.identity import Identity
 from ..protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest
 from ..protocol.meter import Meter
 from ..protocol.multiaddr import check_relay
-from ..protocol.p2pd import DaemonConfig, is_installed, listen_at, name_of
+from ..protocol.p2pd import DaemonConfig, is_installed, listen_at, name_of, preload
 from ..protocol.pipe import ChannelConfig
 from ..protocol.plan import Shape
 from ..protocol.relay import Spot
@@ -86,6 +86,8 @@ class Session:
             welcome = await self.control.welcome
             failpoint("worker.joined")
             transport.use_relays(self.relays(welcome), self.ticket.secret)
+            if welcome.p2p_relays and is_installed():
+                await asyncio.to_thread(preload)  # before other threads import anything: two at a time can go wrong
             p2p = asyncio.create_task(self.use_p2p(transport, welcome))
             if addresses and not welcome.addresses:
                 how = (
