@@ -22,6 +22,7 @@ from ..protocol.errors import PotluckError, RefusedError, StateError, WireError
 from ..protocol.failpoints import failpoint, failpoint_async
 from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signed_part
 from ..protocol.identity import peer_id_of, verify
+from ..protocol.multiaddr import ANYWHERE, encode_id
 from ..protocol.plan import Plan, SavePoint
 from .addresses import confirmed
 from .hub import Hub, Line
@@ -95,7 +96,11 @@ class Doors:
             return
         except (TimeoutError, DecodeError):
             return
-        member = replace(member, addresses=await self.reached(first.hello, member))
+        assert first is not None
+        found = await self.reached(first.hello, member)
+        # An id says nothing of where: nobody can point others at a third machine with it.
+        anywhere = (ANYWHERE + first.hello.p2p,) if first.hello.p2p and self.welcome.p2p_relays else ()
+        member = replace(member, addresses=found + anywhere)
         await failpoint_async("coordinator.hello.accepted")
         line = Line(member.peer, member.session)
         token = os.urandom(16)
@@ -104,7 +109,7 @@ class Doors:
         welcome.CopyFrom(self.welcome)
         welcome.peer_id, welcome.token = member.peer, token
         welcome.acked = self.hub.acked.get(member.session, 0)
-        welcome.addresses.extend(member.addresses)
+        welcome.addresses.extend(found)
         line.send(pb.Down(welcome=welcome))
         self.hub.connect(line)
         listening = asyncio.create_task(self._listen(requests, line, member))
@@ -154,6 +159,11 @@ class Doors:
             raise WireError("the hello is too long")
         if not all(ADDRESS.match(a) for a in hello.addresses):
             raise WireError("the hello names an address that is none")
+        if hello.p2p:
+            try:
+                encode_id(hello.p2p)
+            except ValueError:
+                raise WireError("the hello names a libp2p daemon that is none") from None
         if not 8 <= len(hello.session) <= 32:
             raise WireError("the hello has no session")
         for number in (hello.memory_gb, hello.speed):

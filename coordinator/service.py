@@ -21,6 +21,7 @@ from ..protocol.config import RunConfig
 from ..protocol.errors import ConfigError, IdentityError, StateError
 from ..protocol.identity import lock
 from ..protocol.manifest import TOKENS_FILE, Manifest
+from ..protocol.multiaddr import check_relay
 from ..protocol.plan import Shape
 from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
@@ -161,6 +162,8 @@ async def _running(
     )
     place = config.coordinator
     others = [str(Spot.parse(text)) for text in place.relays]
+    for text in place.p2p_relays:
+        check_relay(text)
     relay = Relay(run_id, secret, certificate.fingerprint, peer_mbps=place.relay_peer_mbps)
     handlers = [*doors.handlers(), *(relay.handlers() if place.relay else ())]
     port = place.port or store.meta("port", 0)
@@ -174,6 +177,7 @@ async def _running(
     address = advertised(place.advertise, place.host, port)
     own = [str(Spot(address, certificate.fingerprint))] if place.relay else []
     doors.welcome.relays.extend(own + others)
+    doors.welcome.p2p_relays.extend(place.p2p_relays)
     doors.lan = is_local(split_address(address)[0]) if place.lan is None else place.lan
     known = place.http_port or store.meta("http_port", 0)  # who has the page open finds it again
     try:

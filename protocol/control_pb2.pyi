@@ -55,7 +55,7 @@ class Challenge(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "version", "run", "public_key", "signature", "secret_proof", "name", "device", "memory_gb", "speed", "addresses", "savepoints", "session")
+    __slots__ = ("protocol", "version", "run", "public_key", "signature", "secret_proof", "name", "device", "memory_gb", "speed", "addresses", "savepoints", "session", "p2p")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class Hello(_message.Message):
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     SAVEPOINTS_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    P2P_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     run: str
@@ -82,10 +83,11 @@ class Hello(_message.Message):
     addresses: _containers.RepeatedScalarFieldContainer[str]
     savepoints: _containers.RepeatedCompositeFieldContainer[SavePoint]
     session: bytes
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., run: _Optional[str] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., secret_proof: _Optional[bytes] = ..., name: _Optional[str] = ..., device: _Optional[str] = ..., memory_gb: _Optional[float] = ..., speed: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., savepoints: _Optional[_Iterable[_Union[SavePoint, _Mapping]]] = ..., session: _Optional[bytes] = ...) -> None: ...
+    p2p: str
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., run: _Optional[str] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., secret_proof: _Optional[bytes] = ..., name: _Optional[str] = ..., device: _Optional[str] = ..., memory_gb: _Optional[float] = ..., speed: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., savepoints: _Optional[_Iterable[_Union[SavePoint, _Mapping]]] = ..., session: _Optional[bytes] = ..., p2p: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("peer_id", "config", "manifest", "token", "acked", "relays", "addresses")
+    __slots__ = ("peer_id", "config", "manifest", "token", "acked", "relays", "addresses", "p2p_relays")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +95,7 @@ class Welcome(_message.Message):
     ACKED_FIELD_NUMBER: _ClassVar[int]
     RELAYS_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    P2P_RELAYS_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     config: str
     manifest: str
@@ -100,7 +103,8 @@ class Welcome(_message.Message):
     acked: int
     relays: _containers.RepeatedScalarFieldContainer[str]
     addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, peer_id: _Optional[str] = ..., config: _Optional[str] = ..., manifest: _Optional[str] = ..., token: _Optional[bytes] = ..., acked: _Optional[int] = ..., relays: _Optional[_Iterable[str]] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    p2p_relays: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, peer_id: _Optional[str] = ..., config: _Optional[str] = ..., manifest: _Optional[str] = ..., token: _Optional[bytes] = ..., acked: _Optional[int] = ..., relays: _Optional[_Iterable[str]] = ..., addresses: _Optional[_Iterable[str]] = ..., p2p_relays: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Refuse(_message.Message):
     __slots__ = ("code", "text", "hint")

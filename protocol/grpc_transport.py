@@ -1,6 +1,7 @@
-"""Peers over gRPC and TLS: straight to one that can be dialled, else through a relay, both proven by their keys.
+"""Peers over gRPC and TLS: straight to one that can be dialled, else over libp2p, else through a relay, all proven by
+their keys.
 
-A channel that goes through a relay looks for a direct path from time to time and moves to it; one whose path breaks
+A channel that goes through a relay looks for a straight path from time to time and moves to it; one whose path breaks
 dials again, whichever way then leads there. Frames are kept until acknowledged, so nothing is lost by either.
 """
 
@@ -10,8 +11,9 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,6 +23,9 @@ from .errors import UnreachableError, WireError
 from .grpc_pipes import CLOSE_SECONDS, DiallerPipe, ListenerPipe
 from .handshake import prove_to_dialler, prove_to_listener, transcript
 from .identity import Identity, verify
+from .multiaddr import is_multiaddr
+from .p2p import Libp2p
+from .p2pd import DaemonConfig
 from .paths import HEAD_START_SECONDS, STAGGER_SECONDS, Way, first_of
 from .pipe import Pipe, PipeClosed
 from .relay import Spot
@@ -34,12 +39,12 @@ from .tls import (
     split_address,
     start_server,
 )
-from .transport import Channels, OnChannel, TransportConfig
+from .transport import STRANGERS, Channels, OnChannel, TransportConfig
 
 log = logging.getLogger(__name__)
 SERVICE, METHOD, CONFIRM = "potluck.Peer", "Pipe", "Confirm"
-STRANGERS = "strangers"  # in the meter: dialled us and were turned away
 LOOKS_SECONDS = (10.0, 50.0, 240.0)  # between looks for a direct path, the last one again and again
+LOOK_TIMEOUT = timedelta(seconds=5)
 
 
 class GrpcTransport:
@@ -62,6 +67,7 @@ class GrpcTransport:
         self._channels = Channels(config)
         self._server: grpc.aio.Server | None = None
         self._relays: Relays | None = None
+        self._p2p: Libp2p | None = None
         self._on_channel: OnChannel | None = None
         self._looking: set[asyncio.Task[None]] = set()
 
@@ -96,6 +102,21 @@ class GrpcTransport:
             self._relays = Relays(self._identity, self._certificate, self._config, secret, self._called)
         self._relays.use(spots)
 
+    async def use_p2p(self, daemon: DaemonConfig) -> list[str]:
+        """From now on peers are also dialled at multiaddrs; those at which they can dial this one.
+
+        ``DaemonError`` if that needs more than is installed here.
+        """
+        p2p = Libp2p(self._identity, self._config, self._called, daemon)
+        addresses = await p2p.start()
+        self._p2p = p2p
+        return addresses
+
+    @property
+    def p2p_id(self) -> str:
+        """The id of our libp2p daemon; empty without one."""
+        return "" if self._p2p is None else self._p2p.daemon.peer
+
     async def _called(self, peer_id: str, pipe: Pipe) -> None:
         assert self._on_channel is not None, "listen first"
         await self._channels.serve(peer_id, pipe, self._on_channel)
@@ -103,16 +124,17 @@ class GrpcTransport:
     async def dial(self, peer_id: str, addresses: Sequence[str]) -> Channel:
         route = _Route(self, peer_id, tuple(addresses))
         channel = await self._channels.open(peer_id, route.connect)
-        if self._relays is not None and addresses:
+        if (self._relays is not None or self._p2p is not None) and addresses:
             looking = asyncio.create_task(route.look(channel))
             self._looking.add(looking)
             looking.add_done_callback(self._looking.discard)
         return channel
 
     def ways(self, peer_id: str, addresses: Sequence[str]) -> list[Way]:
-        """Directly first, then through relays."""
+        """Directly first, then over libp2p, then through relays."""
+        hosts, places = _apart(addresses)
         # A dead address must not use up the time of the next.
-        each = self._config.channel.dial_timeout / max(1, len(addresses))
+        each = self._config.channel.dial_timeout / max(1, len(hosts))
 
         def direct(address: str) -> Way:
             return Way(lambda: self.reach(peer_id, address, each), STAGGER_SECONDS)
@@ -120,10 +142,25 @@ class GrpcTransport:
         def relayed(spot: Spot, relays: Relays) -> Way:
             return Way(lambda: relays.call(peer_id, spot, self._config.channel.dial_timeout), HEAD_START_SECONDS)
 
-        ways = [direct(address) for address in addresses]
+        def libp2p(p2p: Libp2p) -> Way:
+            return Way(lambda: p2p.reach(peer_id, places, self._config.channel.dial_timeout), HEAD_START_SECONDS)
+
+        ways = [direct(address) for address in hosts]
+        if self._p2p is not None and places:
+            ways.append(libp2p(self._p2p))
         if self._relays is not None:
             ways += [relayed(spot, self._relays) for spot in self._relays.spots]
         return ways
+
+    def straight(self, peer_id: str, addresses: Sequence[str]) -> list[Callable[[], Awaitable[Pipe]]]:
+        """What leads to a peer without a relay, if anything does."""
+        hosts, places = _apart(addresses)
+        found: list[Callable[[], Awaitable[Pipe]]] = [
+            partial(self.reach, peer_id, address, LOOK_TIMEOUT) for address in hosts
+        ]
+        if self._p2p is not None and places:
+            found.append(partial(self._p2p.reach, peer_id, places, LOOK_TIMEOUT, direct=True))
+        return found
 
     async def reach(self, peer_id: str, address: str, timeout: timedelta) -> Pipe:
         """A pipe straight to ``address``."""
@@ -151,6 +188,8 @@ class GrpcTransport:
         await self._channels.close()
         if self._relays is not None:
             await self._relays.close()
+        if self._p2p is not None:
+            await self._p2p.close()
         if self._server is not None:
             await self._server.stop(CLOSE_SECONDS)
             self._server = None
@@ -179,15 +218,21 @@ class _Route:
                 await asyncio.sleep(next(pauses, LOOKS_SECONDS[-1]))
                 if channel.path().kind != "relayed":
                     continue
-                for address in self._addresses:
+                for way in self._transport.straight(self._peer_id, self._addresses):
                     with contextlib.suppress(UnreachableError):
-                        self._ready = await self._transport.reach(self._peer_id, address, timedelta(seconds=5))
+                        self._ready = await way()
                         log.info("%s can be reached directly now", self._peer_id[:8])
                         channel.redial()
                         break
         finally:
             if self._ready is not None:
                 await self._ready.close()
+
+
+def _apart(addresses: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those to be dialled over TCP, and libp2p's."""
+    places = [address for address in addresses if is_multiaddr(address)]
+    return [address for address in addresses if address not in places], places
 
 
 async def confirm(address: str, public_key: bytes, nonce: bytes, run: str, timeout: timedelta) -> bool:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -70,6 +72,10 @@ class Identity:
 
     def sign(self, message: bytes) -> bytes:
         return self._key.sign(message)
+
+    def derive(self, purpose: bytes) -> bytes:
+        """32 bytes of a key for another program: always the same, and nobody finds this key from them."""
+        return HKDF(SHA256(), 32, salt=None, info=purpose).derive(self._key.private_bytes_raw())
 
 
 def write_private(path: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ from .meter import Meter
 
 _log = logging.getLogger(__name__)
 
-PathKind = Literal["memory", "direct", "relayed"]
+PathKind = Literal["memory", "direct", "punched", "relayed"]  # punched: straight, as libp2p found it
 
 
 class PipeClosed(UnreachableError):

@@ -16,6 +16,7 @@ from .pipe import ChannelConfig, Pipe, PipeClosed
 _log = logging.getLogger(__name__)
 
 OnChannel = Callable[[Channel], None]
+STRANGERS = "strangers"  # in the meter: dialled us and were turned away
 
 
 def everyone(peer_id: str) -> bool:

@@ -300,6 +300,7 @@ class Control:
             memory_gb=offer.memory_gb,
             speed=offer.speed,
             addresses=offer.addresses,
+            p2p=offer.p2p,
             savepoints=[p.to_proto() for p in self.savepoints()],
             session=self._session,
         )

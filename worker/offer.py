@@ -24,6 +24,7 @@ class Offer:
     memory_gb: float
     speed: float
     addresses: tuple[str, ...]
+    p2p: str = ""  # the id of its libp2p daemon, if it can have one
 
 
 Say = Callable[[str], None]
@@ -54,13 +55,14 @@ class WorkerConfig:
             threads=self.threads or max(1, (os.cpu_count() or 2) // 2),
         )
 
-    def offer(self, addresses: list[str]) -> Offer:
+    def offer(self, addresses: list[str], p2p: str = "") -> Offer:
         return Offer(
             name=self.name,
             device=self.device,
             memory_gb=self.memory_gb,
             speed=self.speed,
             addresses=tuple(addresses),
+            p2p=p2p,
         )
 
 

@@ -24,6 +24,8 @@ from ..protocol.grpc_transport import GrpcTransport
 from ..protocol.identity import Identity
 from ..protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest
 from ..protocol.meter import Meter
+from ..protocol.multiaddr import check_relay
+from ..protocol.p2pd import DaemonConfig, is_installed, listen_at, name_of, preload
 from ..protocol.pipe import ChannelConfig
 from ..protocol.plan import Shape
 from ..protocol.relay import Spot
@@ -81,17 +83,23 @@ class Session:
         )
         thread: threading.Thread | None = None
         engine: Engine | None = None
+        p2p: asyncio.Task[None] | None = None
         computed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
             addresses = await self.links.start(transport)
-            self.control.start(self.config.offer(addresses))
+            self.control.start(self.config.offer(addresses, name_of(self.identity) if is_installed() else ""))
             welcome = await self.control.welcome
             failpoint("worker.joined")
             transport.use_relays(self.relays(welcome), self.ticket.secret)
+            if welcome.p2p_relays and is_installed():
+                await asyncio.to_thread(preload)  # before other threads import anything: two at a time can go wrong
+            p2p = asyncio.create_task(self.use_p2p(transport, welcome))
             if addresses and not welcome.addresses:
                 how = (
                     "through a relay"
                     if welcome.relays
+                    else "through a relay of libp2p"
+                    if welcome.p2p_relays and is_installed()
                     else "nobody: this machine cannot be dialled, and the run has no relay"
                 )
                 self.say(f"other workers reach this one {how}")
@@ -118,6 +126,9 @@ class Session:
         finally:
             self.views.close()
             self.mailbox.close()
+            if p2p is not None:
+                p2p.cancel()
+                await asyncio.wait({p2p})
             if thread is not None:
                 await asyncio.to_thread(thread.join, JOIN_SECONDS)
             if engine is not None and self.control.is_gone:
@@ -125,6 +136,18 @@ class Session:
             await asyncio.to_thread(self.states.close)
             await self.links.close()
             await self.control.close()  # last: what the links cost to the end is in its last totals
+
+    async def use_p2p(self, transport: GrpcTransport, welcome: pb.Welcome) -> None:
+        """One more way to peers behind routers, if the run has libp2p relays. Nothing depends on it."""
+        if not welcome.p2p_relays:
+            return
+        try:
+            for text in welcome.p2p_relays:
+                check_relay(text)
+            host = listen_at(self.config.host)
+            await transport.use_p2p(DaemonConfig(listen=host, relays=tuple(welcome.p2p_relays)))
+        except PotluckError as error:
+            self.say(error.one_line())
 
     def relays(self, welcome: pb.Welcome) -> list[Spot]:
         """Of the run; the coordinator's own where we have dialled it ourselves."""

@@ -1,9 +1,11 @@
-"""Two transports joined by a line that can be cut, in memory or over gRPC."""
+"""Two transports joined by a line that can be cut: in memory, over gRPC, or over libp2p."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
+import socket
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from typing import Any
@@ -17,6 +19,7 @@ from potluck.protocol.grpc_transport import GrpcTransport
 from potluck.protocol.identity import Identity
 from potluck.protocol.memory import MemoryNetwork
 from potluck.protocol.meter import Meter
+from potluck.protocol.p2pd import Daemon, DaemonConfig
 from potluck.protocol.pipe import ChannelConfig
 from potluck.protocol.relay import Spot
 from potluck.protocol.tls import Certificate, split_address, start_server
@@ -24,6 +27,10 @@ from potluck.protocol.transport import Transport, TransportConfig
 
 SECOND = timedelta(seconds=1)
 SECRET = "a secret of the run"
+TCP = DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",))
+needs_hivemind = pytest.mark.skipif(
+    importlib.util.find_spec("hivemind") is None, reason='hivemind is not installed: pip install -e ".[p2p]"'
+)
 
 
 class Proxy:
@@ -77,6 +84,12 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not true():  # noqa: ASYNC110  (what is looked at has no event)
@@ -93,7 +106,7 @@ class Rig:
         self.network = MemoryNetwork()
         self.proxy: Proxy | None = None
         self.relay: Relay | None = None
-        self._closing: list[Transport] = []
+        self.closing: list[Transport | Daemon] = []
 
     def config(self, admit: Callable[[str], bool] | None = None, **fields: Any) -> TransportConfig:
         channel = {"give_up": 10 * SECOND, "close_timeout": 10 * SECOND, "first_backoff": SECOND / 50}
@@ -105,7 +118,7 @@ class Rig:
             made: Any = self.network.join(name, config)
         else:
             made = GrpcTransport(Identity.generate(), Certificate.generate(), config)
-        self._closing.append(made)
+        self.closing.append(made)
         return made
 
     async def start(self, a: dict[str, Any] | None = None, b: dict[str, Any] | None = None) -> None:
@@ -115,6 +128,15 @@ class Rig:
         if self.kind == "grpc":
             self.proxy = Proxy(*split_address(self.addresses[0]))
             self.addresses = [await self.proxy.start()]
+        if self.kind == "p2p":
+            port = free_port()
+            self.proxy = Proxy("127.0.0.1", port)
+            line = f"/ip4/127.0.0.1/tcp/{split_address(await self.proxy.start())[1]}"
+            await self.a.use_p2p(TCP)
+            # Daemons tell each other where else they are, and would go round the line.
+            told = DaemonConfig(listen=(f"/ip4/127.0.0.1/tcp/{port}",), announce=(line,))
+            self.addresses = await self.b.use_p2p(told)
+            assert [line] == [address.partition("/p2p/")[0] for address in self.addresses]
         if self.kind == "relayed":
             spot = await self.start_relay()
             self.addresses = []
@@ -151,14 +173,14 @@ class Rig:
             self.proxy.cut()
 
     async def close(self) -> None:
-        await asyncio.gather(*(transport.close() for transport in self._closing))
+        await asyncio.gather(*(transport.close() for transport in self.closing))
         if self.relay:
             await self._server.stop(None)
         if self.proxy:
             await self.proxy.close()
 
 
-@pytest.fixture(params=["memory", "grpc", "relayed"])
+@pytest.fixture(params=["memory", "grpc", "relayed", pytest.param("p2p", marks=needs_hivemind)])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     made = Rig(request.param)
     yield made
