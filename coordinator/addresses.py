@@ -42,7 +42,8 @@ def is_acceptable(address: str, *, lan: bool) -> bool:
     except (UnreachableError, ValueError):
         return False
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    if ip.is_multicast or ip.is_unspecified or ip.is_reserved or port < LEAST_PORT:
+    reserved = ip.is_reserved and not ip.is_loopback  # to Python 3.11, ::1 is both
+    if ip.is_multicast or ip.is_unspecified or reserved or port < LEAST_PORT:
         return False
     return ip.is_global or (lan and (ip.is_private or ip.is_loopback))
 
