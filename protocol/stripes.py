@@ -1,0 +1,58 @@
+"""Over how many connections a hop goes: one, until losses hold it back and more are seen to help.
+
+A TCP that takes every loss for a full line (cubic, Reno) gets, with random losses, the same small rate on each of its
+connections however fast the line is, so twice the connections carry twice as much; on a line that loses packets only
+because it is full they carry no more. Which of both it is shows by trying: the number is doubled, and stays so if the
+rate rises by a fifth or more; else it goes back, and is not tried again for a while. Nothing here has a clock or a
+socket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from .striped import MOST_CONNECTIONS
+
+LEAST_LOSS = 2e-4  # of segments: below it one connection of cubic goes at 30 Mbit/s and more over 40 ms
+GAIN = 1.2  # that a doubling must bring
+FAR = 0.5  # of the best rate that was reached: below it something is wrong, where losses cannot be seen
+REST_LOOKS = 200  # at a channel that sends, after a trial that did not help
+CLEAN_LOOKS = 200  # without losses, after which one connection will do again
+
+
+class Seen(NamedTuple):
+    """What a channel did between two looks. ``loss``: segments repeated of those sent; None if nobody tells."""
+
+    bytes_per_second: float
+    loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """``before``: the rate with half as many connections, while more are on trial; ``rest``: looks without trials."""
+
+    connections: int = 1
+    least: int = 1
+    most: int = MOST_CONNECTIONS
+    before: float | None = None
+    best: float = 0.0
+    rest: int = 0
+    clean: int = 0
+
+    def after(self, seen: Seen) -> Choice:
+        """What follows from one look."""
+        now = replace(self, best=max(self.best, seen.bytes_per_second), rest=max(0, self.rest - 1), before=None)
+        if self.before is not None and seen.bytes_per_second < GAIN * self.before:
+            return replace(now, connections=self.connections // 2, rest=REST_LOOKS)
+        lossy = seen.bytes_per_second < FAR * self.best if seen.loss is None else seen.loss >= LEAST_LOSS
+        now = replace(now, clean=0 if lossy or seen.loss is None else self.clean + 1)
+        if now.clean >= CLEAN_LOOKS and now.connections > now.least:
+            return replace(now, connections=now.least, clean=0)
+        if lossy and not now.rest and 2 * now.connections <= now.most:
+            return replace(now, connections=2 * now.connections, before=seen.bytes_per_second)
+        return now
+
+    def failed(self, connections: int) -> Choice:
+        """So many could not be opened, or they are not to be had: it stays as it was with ``connections``."""
+        return replace(self, connections=connections, before=None, rest=REST_LOOKS)
