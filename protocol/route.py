@@ -24,7 +24,7 @@ from .paths import Way, first_of
 from .pipe import Pipe
 from .sockets import Losses
 from .striped import ID_NBYTES, Join, StripedPipe
-from .stripes import LEAST_LOSS, Choice, Seen
+from .stripes import Choice, Seen
 
 log = logging.getLogger(__name__)
 LOOKS_SECONDS = (10.0, 50.0, 240.0)  # between looks for a direct path, the last one again and again
@@ -50,7 +50,6 @@ class Route:
         self._transport, self._peer_id, self._addresses = transport, peer_id, addresses
         self._bbr = bbr
         self._lossy = False  # was seen to be
-        self._advised = False
         self._ready: Pipe | None = None  # a better path, to be moved to
         self._direct: list[DiallerPipe] = []  # connections of the newest direct path
         self.choice = choice
@@ -155,26 +154,27 @@ class Route:
             if done.seconds < BUSY_SECONDS:
                 continue
             carried, told = now, losses.since()
-            await self.judge(channel, done, told.repeated / max(1, told.segments) if told is not None else None)
+            rate = done.nbytes / done.seconds
+            await self.judge(channel, Seen(rate, None) if told is None else Seen(rate, told.loss, told.wait))
 
-    async def judge(self, channel: Channel, carried: Carried, loss: float | None) -> None:
+    async def judge(self, channel: Channel, seen: Seen) -> None:
         """What follows from a look at a channel that sent all the time."""
-        if loss is not None and loss >= LEAST_LOSS and not self._lossy:
+        if seen.by_chance and not self._lossy:
             self._lossy = True
             self._ask_for_bbr()
-            self._advise(loss)
-            if self._has_bbr():
-                return
+            self._advise(seen)
+        if self._has_bbr():
+            return
         before = self.choice
-        self.choice = before.after(Seen(carried.nbytes / carried.seconds, 0.0 if self._has_bbr() else loss))
+        self.choice = before.after(seen)
         if self.choice.connections == before.connections:
             return
         log.info(
             "%s: %.2f MB/s over %d connections, %s of the segments sent twice: now over %d",
             self._peer_id[:8],
-            carried.nbytes / carried.seconds / 1e6,
+            seen.bytes_per_second / 1e6,
             before.connections,
-            "an unknown share" if loss is None else f"{loss:.2%}",
+            "an unknown share" if seen.loss is None else f"{seen.loss:.2%}",
             self.choice.connections,
         )
         try:
@@ -194,14 +194,14 @@ class Route:
     def _has_bbr(self) -> bool:
         return bool(self._direct) and all(pipe.congestion == sockets.BBR for pipe in self._direct)
 
-    def _advise(self, loss: float) -> None:
+    def _advise(self, seen: Seen) -> None:
         used = self._direct[0].congestion
         if not self._has_bbr() and used:
             log.warning(
                 "the line to %s loses packets (%.2f %%), which this machine's TCP (%s) takes for a full line. "
                 "BBR does not: sudo sysctl -w net.core.default_qdisc=fq net.ipv4.tcp_congestion_control=bbr",
                 self._peer_id[:8],
-                100 * loss,
+                100 * (seen.loss or 0.0),
                 used,
             )
 

@@ -20,16 +20,27 @@ _LINUX = sys.platform == "linux"
 _TCP_CONGESTION, _TCP_INFO = 13, 11
 _NAME_NBYTES = 16
 # struct tcp_info of include/uapi/linux/tcp.h: it only ever grows at its end.
+_RTT = struct.Struct("=68xI")
 _TOTAL_RETRANS = struct.Struct("=100xI")
+_MIN_RTT = struct.Struct("=148xI")
 _DATA_SEGS_OUT = struct.Struct("=156xI")
 BBR = "bbr"
 
 
 class Sent(NamedTuple):
-    """Segments with data that a connection has sent, repeated ones included, and how many were repeated."""
+    """Segments with data that connections have sent, repeated ones included, and how many were repeated.
+
+    ``wait``: the round trip now over the shortest of the last minutes. Where a line is full, its queue is in it.
+    """
 
     segments: int = 0
     repeated: int = 0
+    wait: float = 1.0
+
+    @property
+    def loss(self) -> float:
+        """The share that was repeated."""
+        return self.repeated / max(1, self.segments)
 
 
 def connections(address: tuple[str, int]) -> Iterator[tuple[int, socket.socket]]:
@@ -83,13 +94,16 @@ def sent(found: socket.socket) -> Sent | None:
     """From ``TCP_INFO``; None if this kernel does not tell."""
     with contextlib.suppress(OSError, struct.error):
         info = found.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 256)
-        return Sent(_DATA_SEGS_OUT.unpack_from(info)[0], _TOTAL_RETRANS.unpack_from(info)[0])
+        segments, repeated, trip, least = (
+            field.unpack_from(info)[0] for field in (_DATA_SEGS_OUT, _TOTAL_RETRANS, _RTT, _MIN_RTT)
+        )
+        return Sent(segments, repeated, trip / max(1, min(trip, least)))
     return None
 
 
 @dataclass
 class Losses:
-    """Segments sent to ``address`` and repeated since it was asked last, over all our connections there."""
+    """What was sent to ``address`` since it was asked last, over all our connections there."""
 
     address: tuple[str, int]
     _known: dict[int, Sent] = field(default_factory=dict)
@@ -101,7 +115,6 @@ class Losses:
         if not now:
             return None
         grown = [(told, before.get(number, Sent())) for number, told in now.items()]
-        return Sent(
-            sum(a.segments - b.segments for a, b in grown),
-            sum(a.repeated - b.repeated for a, b in grown),
-        )
+        segments = sum(a.segments - b.segments for a, b in grown)
+        waits = sum((a.segments - b.segments) * a.wait for a, b in grown)
+        return Sent(segments, sum(a.repeated - b.repeated for a, b in grown), waits / segments if segments else 1.0)

@@ -2,9 +2,9 @@
 
 A TCP that takes every loss for a full line (cubic, Reno) gets, with random losses, the same small rate on each of its
 connections however fast the line is, so twice the connections carry twice as much; on a line that loses packets only
-because it is full they carry no more. Which of both it is shows by trying: the number is doubled, and stays so if the
-rate rises by a fifth or more; else it goes back, and is not tried again for a while. Nothing here has a clock or a
-socket.
+because it is full they carry no more. A full line shows in the round trip, which has its queue in it; the rest shows by
+trying: the number is doubled, and stays so if the rate rises by a fifth or more; else it goes back, and is not tried
+again for a while. Nothing here has a clock or a socket.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .striped import MOST_CONNECTIONS
 
 LEAST_LOSS = 2e-4  # of segments: below it one connection of cubic goes at 30 Mbit/s and more over 40 ms
+FULL = 1.5  # times the shortest round trip: from here on a line is full
 GAIN = 1.2  # that a doubling must bring
 FAR = 0.5  # of the best rate that was reached: below it something is wrong, where losses cannot be seen
 REST_LOOKS = 200  # at a channel that sends, after a trial that did not help
@@ -22,10 +23,17 @@ CLEAN_LOOKS = 200  # without losses, after which one connection will do again
 
 
 class Seen(NamedTuple):
-    """What a channel did between two looks. ``loss``: segments repeated of those sent; None if nobody tells."""
+    """What a channel did between two looks. ``loss``: segments repeated of those sent; None if nobody tells. ``wait``:
+    the round trip over the shortest there was."""
 
     bytes_per_second: float
     loss: float | None
+    wait: float = 1.0
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether packets are lost although the line is not full."""
+        return self.loss is not None and self.loss >= LEAST_LOSS and self.wait < FULL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +53,8 @@ class Choice:
         now = replace(self, best=max(self.best, seen.bytes_per_second), rest=max(0, self.rest - 1), before=None)
         if self.before is not None and seen.bytes_per_second < GAIN * self.before:
             return replace(now, connections=self.connections // 2, rest=REST_LOOKS)
-        lossy = seen.bytes_per_second < FAR * self.best if seen.loss is None else seen.loss >= LEAST_LOSS
-        now = replace(now, clean=0 if lossy or seen.loss is None else self.clean + 1)
+        lossy = seen.by_chance or (seen.loss is None and seen.bytes_per_second < FAR * self.best)
+        now = replace(now, clean=0 if seen.loss is None or seen.loss >= LEAST_LOSS else self.clean + 1)
         if now.clean >= CLEAN_LOOKS and now.connections > now.least:
             return replace(now, connections=now.least, clean=0)
         if lossy and not now.rest and 2 * now.connections <= now.most:

@@ -13,12 +13,11 @@ import pytest
 
 from potluck.protocol import route, sockets
 from potluck.protocol.errors import UnreachableError
-from potluck.protocol.flow import Carried
 from potluck.protocol.grpc_pipes import DiallerPipe
 from potluck.protocol.grpc_transport import GrpcTransport
 from potluck.protocol.identity import Identity
 from potluck.protocol.sockets import Losses, Sent
-from potluck.protocol.stripes import CLEAN_LOOKS, FAR, GAIN, LEAST_LOSS, REST_LOOKS, Choice, Seen
+from potluck.protocol.stripes import CLEAN_LOOKS, FAR, FULL, GAIN, LEAST_LOSS, REST_LOOKS, Choice, Seen
 from potluck.protocol.tls import Certificate
 
 from .conftest import Rig, until
@@ -41,6 +40,15 @@ def follow(choice: Choice, *looks: tuple[float, float | None]) -> list[int]:
 def test_without_losses_it_stays_one() -> None:
     assert follow(Choice(), *[(rate, 0.0) for rate in (12, 0.1, 12, 3)]) == [1] * 4
     assert follow(Choice(), (1, LEAST_LOSS * 0.99)) == [1]
+
+
+def test_losses_of_a_full_line_are_its_own() -> None:
+    """Its queue is in the round trip; with a queue, more connections carry no more. Nor is it a clean one."""
+    assert [Choice().after(Seen(MB, 0.01, wait)).connections for wait in (1.0, FULL - 0.01, FULL)] == [2, 2, 1]
+    four = Choice(connections=4)
+    for _ in range(2 * CLEAN_LOOKS):
+        four = four.after(Seen(MB, 0.01, FULL))
+    assert four.connections == 4
 
 
 def test_it_doubles_as_long_as_that_helps_and_is_allowed() -> None:
@@ -101,8 +109,8 @@ def test_our_own_connections_are_found_and_told_apart() -> None:
             while got < 200_000:
                 got += len(far.recv(1 << 16))
             second = losses.since()
-            assert second is not None and second.segments > 1
-            assert losses.since() == Sent(0, 0)
+            assert second is not None and second.segments > 1 and second.wait >= 1
+            assert losses.since() == Sent(0, 0, 1.0)
         assert losses.since() is None
 
 
@@ -183,21 +191,23 @@ async def test_with_bbr_one_connection_stays(rig: Rig, monkeypatch: pytest.Monke
     assert near.path().congestion == "bbr"  # the next connection has it from the start
 
 
-async def test_a_clean_line_is_left_as_it_is(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sent", [Sent(1000, 0), Sent(1000, 10, wait=3.0)])
+async def test_a_clean_or_a_full_line_is_left_as_it_is(rig: Rig, monkeypatch: pytest.MonkeyPatch, sent: Sent) -> None:
     looks = 0
 
     def since(self: Losses) -> Sent:
         nonlocal looks
         looks += 1
-        return Sent(1000, 0)
+        return sent
 
     monkeypatch.setattr(Losses, "since", since)
     near, far = await rig.connect()
-    pipe = near._pipe
+    pipe, usual = near._pipe, near.path().congestion
     async with asyncio.timeout(50):
         while looks < 6:
             await pass_frames(near, far, 4)
     assert near._pipe is pipe and isinstance(pipe, DiallerPipe)
+    assert near.path().congestion == usual
 
 
 async def test_where_no_more_connections_are_to_be_had_it_goes_on_with_one(
@@ -218,7 +228,7 @@ async def test_where_no_more_connections_are_to_be_had_it_goes_on_with_one(
     monkeypatch.setattr(GrpcTransport, "reach", refused)
     monkeypatch.setattr(sockets, "prefer", lambda name, address: "cubic")
     pipe = near._pipe
-    await made.judge(near, Carried(1_000_000, 1.0), 0.01)
+    await made.judge(near, Seen(MB, 0.01))
     assert tries == 2
     await until(lambda: near._pipe is not pipe)
     assert near.path().connections == 1
