@@ -113,6 +113,8 @@ async def send(peer: str, address: str, mode: Mode) -> None:
         if not seen or {k: seen[-1][k] for k in now} != now:
             seen.append({"seconds": round(time.monotonic() - began, 1), **now})
     print(json.dumps({"began": began, "ended": time.monotonic(), "path": seen}), flush=True)
+    await channel.hang_up()
+    await transport.close()
 
 
 def measure(lab: Lab, name: str) -> dict[str, Any]:

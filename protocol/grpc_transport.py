@@ -24,7 +24,7 @@ from .paths import HEAD_START_SECONDS, STAGGER_SECONDS, Way
 from .pipe import Pipe, PipeClosed
 from .relay import Spot
 from .relayed import Relays
-from .route import Route, watch
+from .route import Known, Route, watch
 from .striped import MOST_CONNECTIONS, Gathering
 from .stripes import Choice
 from .tls import (
@@ -73,6 +73,8 @@ class GrpcTransport:
         self._looking: set[asyncio.Task[None]] = set()
         least, most = connections
         self._choice, self._bbr = Choice(connections=least, least=least, most=most), bbr
+        self._known: dict[str, Known] = {}
+        self._advised = False
         self._gathering = Gathering(config.channel.dial_timeout, config.channel.on_error)
 
     async def listen(self, on_channel: OnChannel) -> list[str]:
@@ -114,7 +116,8 @@ class GrpcTransport:
         await self._gathering.serve(peer_id, pipe, serve)
 
     async def dial(self, peer_id: str, addresses: Sequence[str]) -> Channel:
-        route = Route(self, peer_id, tuple(addresses), self._choice, bbr=self._bbr)
+        known = self._known.setdefault(peer_id, Known())
+        route = Route(self, peer_id, tuple(addresses), self._choice, known, bbr=self._bbr)
         channel = await self._channels.open(peer_id, route.connect)
         if addresses:
             watches = [route.tend, *([route.look] if self._relays is not None else [])]
@@ -122,6 +125,12 @@ class GrpcTransport:
             self._looking.add(looking)
             looking.add_done_callback(self._looking.discard)
         return channel
+
+    def advise(self, text: str) -> None:
+        """Tells the owner of this machine what would help, the first time only."""
+        if not self._advised:
+            self._advised = True
+            log.warning("%s", text)
 
     def ways(self, peer_id: str, addresses: Sequence[str]) -> list[Way]:
         """Directly first, then through relays."""

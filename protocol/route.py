@@ -12,6 +12,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
@@ -40,19 +41,35 @@ class Dialling(Protocol):
 
     async def reach(self, peer_id: str, address: str, timeout: timedelta, der: bytes | None = None) -> DiallerPipe: ...
 
+    def advise(self, text: str) -> None: ...
+
+
+@dataclass
+class Known:
+    """What was found out of the way to a peer: the next channel there begins with it."""
+
+    lossy: bool = False
+    connections: int = 1
+
 
 class Route:
     """``choice`` says over how many connections to go. Without ``bbr`` the host's congestion control stays as it is."""
 
     def __init__(
-        self, transport: Dialling, peer_id: str, addresses: tuple[str, ...], choice: Choice, *, bbr: bool = True
+        self,
+        transport: Dialling,
+        peer_id: str,
+        addresses: tuple[str, ...],
+        choice: Choice,
+        known: Known,
+        *,
+        bbr: bool = True,
     ) -> None:
         self._transport, self._peer_id, self._addresses = transport, peer_id, addresses
-        self._bbr = bbr
-        self._lossy = False  # was seen to be
+        self._bbr, self._known = bbr, known
         self._ready: Pipe | None = None  # a better path, to be moved to
         self._direct: list[DiallerPipe] = []  # connections of the newest direct path
-        self.choice = choice
+        self.choice = replace(choice, connections=max(choice.connections, min(known.connections, choice.most)))
 
     async def connect(self) -> Pipe:
         if (ready := self._ready) is not None:
@@ -92,14 +109,7 @@ class Route:
 
     async def _more(self, first: DiallerPipe, count: int) -> list[DiallerPipe]:
         """To where ``first`` goes, all of them or none."""
-        reaching = [
-            asyncio.create_task(
-                self._transport.reach(
-                    self._peer_id, first.address, timedelta(seconds=DIRECT_SECONDS), first.certificate
-                )
-            )
-            for _ in range(count)
-        ]
+        reaching = [asyncio.create_task(self._another(first)) for _ in range(count)]
         try:
             return await asyncio.gather(*reaching)
         except BaseException:
@@ -116,7 +126,7 @@ class Route:
     def _ask_for_bbr(self) -> None:
         """On a path that loses packets; either way the pipes know what they have."""
         for address in {pipe.remote for pipe in self._direct}:
-            if self._bbr and self._lossy:
+            if self._bbr and self._known.lossy:
                 congestion = sockets.prefer(sockets.BBR, address)
             else:
                 congestion = sockets.in_use(address)
@@ -159,14 +169,16 @@ class Route:
 
     async def judge(self, channel: Channel, seen: Seen) -> None:
         """What follows from a look at a channel that sent all the time."""
-        if seen.by_chance and not self._lossy:
-            self._lossy = True
+        if seen.by_chance and not self._known.lossy:
+            self._known.lossy = True
             self._ask_for_bbr()
             self._advise(seen)
         if self._has_bbr():
             return
         before = self.choice
         self.choice = before.after(seen)
+        if self.choice.before is None:  # nothing is on trial
+            self._known.connections = self.choice.connections
         if self.choice.connections == before.connections:
             return
         log.info(
@@ -197,12 +209,10 @@ class Route:
     def _advise(self, seen: Seen) -> None:
         used = self._direct[0].congestion
         if not self._has_bbr() and used:
-            log.warning(
-                "the line to %s loses packets (%.2f %%), which this machine's TCP (%s) takes for a full line. "
-                "BBR does not: sudo sysctl -w net.core.default_qdisc=fq net.ipv4.tcp_congestion_control=bbr",
-                self._peer_id[:8],
-                100 * (seen.loss or 0.0),
-                used,
+            self._transport.advise(
+                f"the line to {self._peer_id[:8]} loses packets ({seen.loss or 0.0:.2%}), which this machine's TCP"
+                f" ({used}) takes for a full line. BBR does not: sudo sysctl -w net.core.default_qdisc=fq"
+                " net.ipv4.tcp_congestion_control=bbr"
             )
 
     async def close(self) -> None:

@@ -162,8 +162,27 @@ async def test_a_channel_moves_to_more_connections_in_mid_stream(
     monkeypatch.setattr("potluck.protocol.stripes.GAIN", 0.0)  # loopback gains nothing
     caplog.set_level(logging.INFO)
     await stream(rig, 8)
-    advice = [r.message for r in caplog.records if "loses packets (1.00 %)" in r.message]
+    advice = [r.message for r in caplog.records if "loses packets (1.00%)" in r.message]
     assert len(advice) == 1 and "cubic" in advice[0] and "tcp_congestion_control=bbr" in advice[0]
+
+
+async def test_the_next_channel_to_a_peer_begins_with_what_was_found_out(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sockets, "prefer", lambda name, address: "cubic")
+    monkeypatch.setattr(sockets, "in_use", lambda address: "cubic")
+    monkeypatch.setattr(Losses, "since", lambda self: Sent(1000, 0))
+    near, far = await rig.connect()
+    (looking,) = rig.a._looking
+    made = looking.get_coro().cr_frame.f_locals["route"]
+    await made.judge(near, Seen(MB, 0.01))
+    second = await rig.a.dial(rig.b.peer_id, rig.addresses)
+    assert second.path().connections == 1  # two are on trial
+    await made.judge(near, Seen(2 * MB, 0.0))
+    third = await rig.a.dial(rig.b.peer_id, rig.addresses)
+    assert third.path().connections == 2
+    await pass_frames(near, far, 2)
+    assert len([r for r in caplog.records if "loses packets" in r.message]) == 1
 
 
 async def test_with_bbr_one_connection_stays(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from potluck.protocol.channel import Channel
 from potluck.protocol.errors import PotluckError, UnreachableError, WireError
-from potluck.protocol.frames import Frame, Header, Kind, Purpose, TensorSpec, make_frame
+from potluck.protocol.frames import MESSAGE_NBYTES, Frame, Header, Kind, Purpose, TensorSpec, make_frame
 from potluck.protocol.grpc_transport import METHOD, SERVICE
 from potluck.protocol.identity import Identity
 from potluck.protocol.tls import Certificate, fetch_certificate, pinned_channel, split_address, start_server
@@ -141,6 +141,25 @@ async def test_many_cuts_under_traffic_both_ways(rig: Any) -> None:
     )
     assert forth == back == list(range(30))
     assert rig.errors == []
+
+
+async def test_a_sender_that_lets_few_bytes_fly_gets_on(rig: Any) -> None:
+    """As rounds do beside microbatches: the next message goes when enough of those before it is known to be there."""
+    near, far = await rig.connect()
+    most, seen = 3 * MESSAGE_NBYTES, []
+
+    async def gate() -> None:
+        while near.in_flight_nbytes > most:
+            await near.progress()
+        seen.append(near.in_flight_nbytes)
+
+    near.gate = gate
+    _, got = await asyncio.gather(send(near, [frame(i, MIB) for i in range(4)]), receive(far, 4))
+    assert got == list(range(4))
+    await near.drain()
+    assert near.in_flight_nbytes == 0
+    assert len(seen) > 4 * 16
+    assert max(seen) <= most
 
 
 async def test_close_waits_for_acknowledgements(rig: Any) -> None:
