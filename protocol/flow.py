@@ -27,7 +27,7 @@ from .frames import (
 )
 
 _FRAME_COST = 256  # what an empty frame counts for in a window
-_TENSOR_COST = 384  # what a tensor in its header counts for besides: its name, its shape, the objects around them
+_TENSOR_COST = 192  # what a tensor in its header counts for besides: its name, its shape, the objects around them
 _SMALL_NBYTES = 4096  # of a part of a frame: below this it is copied, lest what is around it outweighs it
 ACK_NBYTES = 32 * 1024  # of a frame, after which its sender hears how far it is
 

@@ -117,6 +117,16 @@ class GrpcTransport:
 
     async def dial(self, peer_id: str, addresses: Sequence[str]) -> Channel:
         known = self._known.setdefault(peer_id, Known())
+        tried = known.connections
+        try:
+            return await self._dial(peer_id, addresses, known)
+        except UnreachableError:
+            if tried == 1:
+                raise
+            known.connections = 1  # maybe more are the reason
+            return await self._dial(peer_id, addresses, known)
+
+    async def _dial(self, peer_id: str, addresses: Sequence[str], known: Known) -> Channel:
         route = Route(self, peer_id, tuple(addresses), self._choice, known, bbr=self._bbr)
         channel = await self._channels.open(peer_id, route.connect)
         if addresses:

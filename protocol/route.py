@@ -69,12 +69,16 @@ class Route:
         self._bbr, self._known = bbr, known
         self._ready: Pipe | None = None  # a better path, to be moved to
         self._direct: list[DiallerPipe] = []  # connections of the newest direct path
+        self._newest: StripedPipe | None = None
         self.choice = replace(choice, connections=max(choice.connections, min(known.connections, choice.most)))
 
     async def connect(self) -> Pipe:
         if (ready := self._ready) is not None:
             self._ready = None
             return ready
+        if self._newest is not None and not self._newest.has_worked:
+            log.info("%s: %d connections do not work", self._peer_id[:8], self.choice.connections)
+            self.choice = self.choice.failed(1)
         if not (ways := self._transport.ways(self._peer_id, self._addresses)):
             raise UnreachableError(f"peer {self._peer_id} has no address", hint="wait until it is reachable")
         first = await first_of(ways)
@@ -103,9 +107,8 @@ class Route:
                 log.info("%s: not over %d connections: %s", self._peer_id[:8], count, error)
                 self.choice = self.choice.failed(1)
         self._ask_for_bbr()
-        if len(self._direct) < 2:
-            return first
-        return StripedPipe(self._direct)
+        self._newest = StripedPipe(self._direct) if len(self._direct) > 1 else None
+        return self._newest or first
 
     async def _more(self, first: DiallerPipe, count: int) -> list[DiallerPipe]:
         """To where ``first`` goes, all of them or none."""

@@ -78,6 +78,11 @@ class StripedPipe(Waiting):
         """Of all connections, told apart by ``+`` should they differ."""
         return "+".join(sorted({pipe.congestion for pipe in self._pipes} - {""}))
 
+    @property
+    def has_worked(self) -> bool:
+        """Whether anything came from the other side."""
+        return self._taken > 0
+
     async def send(self, message: bytes) -> None:
         """Returns once a connection may take it next; empty messages cannot be sent."""
         if not message:

@@ -12,11 +12,12 @@ from dataclasses import replace
 import pytest
 
 from potluck.protocol import route, sockets
-from potluck.protocol.errors import UnreachableError
+from potluck.protocol.errors import UnreachableError, WireError
 from potluck.protocol.grpc_pipes import DiallerPipe
 from potluck.protocol.grpc_transport import GrpcTransport
 from potluck.protocol.identity import Identity
 from potluck.protocol.sockets import Losses, Sent
+from potluck.protocol.striped import Gathering
 from potluck.protocol.stripes import CLEAN_LOOKS, FAR, FULL, GAIN, LEAST_LOSS, REST_LOOKS, Choice, Seen
 from potluck.protocol.tls import Certificate
 
@@ -183,6 +184,30 @@ async def test_the_next_channel_to_a_peer_begins_with_what_was_found_out(
     assert third.path().connections == 2
     await pass_frames(near, far, 2)
     assert len([r for r in caplog.records if "loses packets" in r.message]) == 1
+
+
+async def test_more_connections_that_do_not_work_are_done_without(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them can be dialled, but the listener does not join them."""
+
+    async def refuse(*arguments: object) -> None:
+        raise WireError("no joining here")
+
+    monkeypatch.setattr(sockets, "prefer", lambda name, address: "cubic")
+    near, far = await rig.connect()
+    (looking,) = rig.a._looking
+    made = looking.get_coro().cr_frame.f_locals["route"]
+    monkeypatch.setattr(Gathering, "_join", refuse)
+    pipe = near._pipe
+    await made.judge(near, Seen(MB, 0.01))
+    assert made.choice.connections == 2
+    await pass_frames(near, far, 4)
+    await until(lambda: near._pipe is not pipe)
+    await pass_frames(near, far, 4)
+    assert (near.path().connections, made.choice.connections) == (1, 1)
+    known = rig.a._known[rig.b.peer_id]
+    known.connections = 4  # of an earlier channel
+    assert (await rig.a.dial(rig.b.peer_id, rig.addresses)).path().connections == 1
+    assert known.connections == 1
 
 
 async def test_with_bbr_one_connection_stays(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
