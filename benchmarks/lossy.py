@@ -51,8 +51,8 @@ class Mode:
 
 
 MODES = {
-    "one": Mode((1, 1), False, 20.0),
-    "striped": Mode((1, 16), False, 60.0),
+    "one": Mode((1, 1), False, 16.0),
+    "striped": Mode((1, 16), False, 65.0),
     "bbr": Mode((1, 1), True, 25.0),
     "default": Mode((1, 16), True, 25.0),
     **{f"fixed-{k}": Mode((k, k), False, 25.0) for k in FIXED},

@@ -29,8 +29,8 @@ from .stripes import Choice, Seen
 
 log = logging.getLogger(__name__)
 LOOKS_SECONDS = (10.0, 50.0, 240.0)  # between looks for a direct path, the last one again and again
-LOOK_SECONDS = 3.0  # between looks at what a direct path does
-BUSY_SECONDS = 1.5  # of sending, below which a look says nothing
+LOOK_SECONDS = 4.0  # between looks at what a direct path does
+BUSY_SECONDS = 3.0  # of sending, below which a look says nothing
 DIRECT_SECONDS = 5.0
 
 

@@ -18,7 +18,7 @@ LEAST_LOSS = 2e-4  # of segments: below it one connection of cubic goes at 30 Mb
 FULL = 1.5  # times the shortest round trip: from here on a line is full
 GAIN = 1.2  # that a doubling must bring
 FAR = 0.5  # of the best rate that was reached: below it something is wrong, where losses cannot be seen
-REST_LOOKS = 200  # at a channel that sends, after a trial that did not help
+REST_LOOKS = 8, 200  # at a channel that sends, after a trial that did not help: the first time, and at most
 CLEAN_LOOKS = 200  # without losses, after which one connection will do again
 
 
@@ -38,7 +38,8 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """``before``: the rate with half as many connections, while more are on trial; ``rest``: looks without trials."""
+    """``before``: the rate with half as many connections, while more are on trial; ``rest``: looks without trials, and
+    ``pause`` of how many the next such rest is: one look may mislead, many in a row do not."""
 
     connections: int = 1
     least: int = 1
@@ -46,13 +47,16 @@ class Choice:
     before: float | None = None
     best: float = 0.0
     rest: int = 0
+    pause: int = REST_LOOKS[0]
     clean: int = 0
 
     def after(self, seen: Seen) -> Choice:
         """What follows from one look."""
         now = replace(self, best=max(self.best, seen.bytes_per_second), rest=max(0, self.rest - 1), before=None)
         if self.before is not None and seen.bytes_per_second < GAIN * self.before:
-            return replace(now, connections=self.connections // 2, rest=REST_LOOKS)
+            return now._resting(self.connections // 2)
+        if self.before is not None:
+            now = replace(now, pause=REST_LOOKS[0])
         lossy = seen.by_chance or (seen.loss is None and seen.bytes_per_second < FAR * self.best)
         now = replace(now, clean=0 if seen.loss is None or seen.loss >= LEAST_LOSS else self.clean + 1)
         if now.clean >= CLEAN_LOOKS and now.connections > now.least:
@@ -63,4 +67,8 @@ class Choice:
 
     def failed(self, connections: int) -> Choice:
         """So many could not be opened, or they are not to be had: it stays as it was with ``connections``."""
-        return replace(self, connections=connections, before=None, rest=REST_LOOKS)
+        return replace(self, before=None)._resting(connections)
+
+    def _resting(self, connections: int) -> Choice:
+        pause = min(4 * self.pause, REST_LOOKS[1])
+        return replace(self, connections=connections, rest=self.pause, pause=pause)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
 import sys
@@ -64,8 +65,13 @@ def test_it_goes_back_if_it_did_not_help_and_rests() -> None:
     less, enough = rate * GAIN - 0.01, rate * GAIN
     assert follow(Choice(), (rate, loss), (less, loss)) == [2, 1]
     assert follow(Choice(), (rate, loss), (enough, loss)) == [2, 4]
-    again = follow(Choice(), (rate, loss), (less, loss), *[(rate, loss)] * REST_LOOKS)
-    assert again == [2, *[1] * REST_LOOKS, 2]
+    first, most = REST_LOOKS
+    looks = [(rate, loss)] * (first + 4 * first + 16 * first + 2 * most + 10)
+    tried = [i for i, connections in enumerate(follow(Choice(), *looks)) if connections == 2]
+    pauses = [b - a - 1 for a, b in itertools.pairwise(tried)]
+    assert pauses[:4] == [first, 4 * first, 16 * first, most]  # longer from time to time
+    helped = Choice(pause=most, connections=2, before=1.0).after(Seen(2.0, 0.0))
+    assert helped.pause == first
 
 
 def test_a_gain_counts_even_if_nothing_was_lost_since() -> None:
@@ -88,7 +94,7 @@ def test_where_losses_cannot_be_seen_a_rate_far_below_the_best_is_a_reason() -> 
 
 def test_what_failed_rests() -> None:
     choice = Choice(connections=4, before=1.0).failed(2)
-    assert follow(choice, *[(1, 0.01)] * REST_LOOKS) == [*[2] * (REST_LOOKS - 1), 4]
+    assert follow(choice, *[(1, 0.01)] * REST_LOOKS[0]) == [*[2] * (REST_LOOKS[0] - 1), 4]
 
 
 # What Linux tells.
