@@ -96,7 +96,6 @@ class Doors:
             return
         except (TimeoutError, DecodeError):
             return
-        assert first is not None
         found = await self.reached(first.hello, member)
         # An id says nothing of where: nobody can point others at a third machine with it.
         anywhere = (ANYWHERE + first.hello.p2p,) if first.hello.p2p and self.welcome.p2p_relays else ()

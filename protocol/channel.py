@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 
 from .errors import PotluckError, UnreachableError, WireError
-from .flow import Inbox, Outbox
+from .flow import Carried, Inbox, Outbox
 from .frames import (
     Ack,
     Bye,
@@ -37,7 +37,8 @@ from .frames import (
     encode_message,
     parse_message,
 )
-from .pipe import FINAL_CODES, ChannelConfig, PathInfo, PathKind, Pipe, PipeClosed, lost, told
+from .pipe import FINAL_CODES, ChannelConfig, PathInfo, Pipe, PipeClosed, lost, told
+from .waiting import Waiting
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ LINGER_SECONDS = 2.0
 _FAREWELL_SECONDS = 1.0
 
 
-class Channel:
+class Channel(Waiting):
     """One ordered, reliable stream of frames each way with one peer. Made by transports."""
 
     def __init__(
@@ -55,16 +56,15 @@ class Channel:
         channel_id: bytes | None = None,
         on_end: Callable[[Channel], None] | None = None,
     ) -> None:
+        super().__init__()
         self.peer_id = peer_id
         self.channel_id = channel_id or secrets.token_bytes(16)
         self.gate: Callable[[], Awaitable[None]] | None = None  # waited for before each message of what we send
         self._config = config
         self._on_end = on_end
-        self._ended: PotluckError | None = None
-        self._waiters: set[asyncio.Future[None]] = set()
         self._session: asyncio.Task[None] | None = None
         self._redial: asyncio.Task[None] | None = None
-        self._kind: PathKind = "direct"
+        self._pipe: Pipe | None = None  # the newest
         self._farewell: Bye | Trouble | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._attached = self._ack_due = False
@@ -144,7 +144,15 @@ class Channel:
         await self._until(lambda: self._outbox.in_flight_nbytes < before or not before)
 
     def path(self) -> PathInfo:
-        return PathInfo(self._kind, self._outbox.rate.rtt_seconds, self._outbox.rate.bytes_per_second)
+        rate, pipe = self._outbox.rate, self._pipe
+        if pipe is None:
+            return PathInfo("direct", rate.rtt_seconds, rate.bytes_per_second)
+        return PathInfo(pipe.kind, rate.rtt_seconds, rate.bytes_per_second, pipe.connections, pipe.congestion)
+
+    @property
+    def carried(self) -> Carried:
+        """What this side's sending came to since the channel was made."""
+        return self._outbox.rate.carried
 
     @property
     def closed(self) -> bool:
@@ -260,7 +268,7 @@ class Channel:
         self._outbox.resume(hello, _now())
         self._farewell = None
         self._ack_due = False
-        self._kind = pipe.kind
+        self._pipe = pipe
         self._attached = True
         if self._expiry is not None:
             self._expiry.cancel()
@@ -280,8 +288,10 @@ class Channel:
             reader.cancel()
             writer.cancel()
             results = await asyncio.gather(reader, writer, return_exceptions=True)
-            await pipe.close()
-            self._finish_session(results)
+            try:
+                await pipe.close()
+            finally:  # also if this is cancelled meanwhile
+                self._finish_session(results)
 
     def _finish_session(self, results: Sequence[object]) -> None:
         for result in results:
@@ -376,24 +386,6 @@ class Channel:
         spent_on, dense = self._inbox.worth(message)
         self._config.meter.record(self.peer_id, "in", spent_on, len(data), dense)
         return message
-
-    # Waiting.
-
-    async def _until(self, ready: Callable[[], bool]) -> None:
-        while not ready():
-            if self._ended is not None:
-                raise type(self._ended)(str(self._ended), hint=self._ended.hint, code=self._ended.code)
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.add(waiter)
-            try:
-                await waiter
-            finally:
-                self._waiters.discard(waiter)
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
 
 
 def _now() -> float:

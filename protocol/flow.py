@@ -9,6 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .errors import WireError
 from .frames import (
@@ -26,7 +27,7 @@ from .frames import (
 )
 
 _FRAME_COST = 256  # what an empty frame counts for in a window
-_TENSOR_COST = 384  # what a tensor in its header counts for besides: its name, its shape, the objects around them
+_TENSOR_COST = 192  # what a tensor in its header counts for besides: its name, its shape, the objects around them
 _SMALL_NBYTES = 4096  # of a part of a frame: below this it is copied, lest what is around it outweighs it
 ACK_NBYTES = 32 * 1024  # of a frame, after which its sender hears how far it is
 
@@ -263,10 +264,18 @@ class Inbox:
         return Ack(self.received, self.consumed, self._told_nbytes)
 
 
+class Carried(NamedTuple):
+    """Payload bytes that were acknowledged, and the seconds that their sending took: idle times do not count."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
 class Rate:
     """Smoothed round trip and sending rate over the times when something was in flight."""
 
     def __init__(self) -> None:
+        self.carried = Carried()
         self.rtt_seconds: float | None = None
         self.bytes_per_second: float | None = None
         self._since = 0.0
@@ -287,6 +296,7 @@ class Rate:
             # An idle end includes the way back of the last acknowledgement.
             spent = max(elapsed - (self.rtt_seconds or 0.0), elapsed / 2, 1e-6)
             self.bytes_per_second = _smooth(self.bytes_per_second, self._nbytes / spent)
+            self.carried = Carried(self.carried.nbytes + self._nbytes, self.carried.seconds + spent)
             self.busy(now)
 
 

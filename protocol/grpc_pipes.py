@@ -10,20 +10,32 @@ import grpc
 
 from .frames import one_line
 from .pipe import PathKind, PipeClosed
+from .tls import split_address
 
 CLOSE_SECONDS = 1.0
 _GRPC_ERRORS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
 
 class DiallerPipe:
-    """A call of ``method`` (``/service/name``) on a connection of its own, which it closes."""
+    """A call of ``method`` (``/service/name``) on a connection of its own, which it closes.
+
+    ``address`` and ``certificate`` (DER) are those of the other end, for who wants another connection there.
+    """
 
     kind: PathKind = "direct"
+    connections = 1
 
-    def __init__(self, channel: grpc.aio.Channel, method: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, method: str, address: str = "", certificate: bytes = b"") -> None:
+        self.address, self.certificate = address, certificate
+        self.congestion = ""
         self._channel = channel
         self._call = channel.stream_stream(method, None, None)(None)
         self._broken = False
+
+    @property
+    def remote(self) -> tuple[str, int]:
+        """Host and port of the other end."""
+        return split_address(self.address)
 
     async def send(self, message: bytes) -> None:
         try:
@@ -63,6 +75,8 @@ class ListenerPipe:
     """A stream that somebody called here."""
 
     kind: PathKind = "direct"
+    connections = 1
+    congestion = ""
 
     def __init__(self, context: Any) -> None:
         self._context = context

@@ -8,7 +8,6 @@ dials again, whichever way then leads there. Frames are kept until acknowledged,
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -26,10 +25,13 @@ from .identity import Identity, verify
 from .multiaddr import is_multiaddr
 from .p2p import Libp2p
 from .p2pd import DaemonConfig
-from .paths import HEAD_START_SECONDS, STAGGER_SECONDS, Way, first_of
+from .paths import HEAD_START_SECONDS, STAGGER_SECONDS, Way
 from .pipe import Pipe, PipeClosed
 from .relay import Spot
 from .relayed import Relays
+from .route import Known, Route, watch
+from .striped import MOST_CONNECTIONS, Gathering
+from .stripes import Choice
 from .tls import (
     Certificate,
     fetch_certificate,
@@ -43,12 +45,15 @@ from .transport import STRANGERS, Channels, OnChannel, TransportConfig
 
 log = logging.getLogger(__name__)
 SERVICE, METHOD, CONFIRM = "potluck.Peer", "Pipe", "Confirm"
-LOOKS_SECONDS = (10.0, 50.0, 240.0)  # between looks for a direct path, the last one again and again
 LOOK_TIMEOUT = timedelta(seconds=5)
 
 
 class GrpcTransport:
-    """A ``Transport``. ``port`` 0 takes any free one. Without ``use_relays`` peers must be dialled directly."""
+    """A ``Transport``. ``port`` 0 takes any free one. Without ``use_relays`` peers must be dialled directly.
+
+    ``connections``: of a direct path at first, and at most where its line loses packets; ``bbr``: whether it asks for
+    BBR there (``route.py``).
+    """
 
     def __init__(
         self,
@@ -58,6 +63,8 @@ class GrpcTransport:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
+        connections: tuple[int, int] = (1, MOST_CONNECTIONS),
+        bbr: bool = True,
     ) -> None:
         self.peer_id = identity.peer_id
         self._identity = identity
@@ -70,6 +77,11 @@ class GrpcTransport:
         self._p2p: Libp2p | None = None
         self._on_channel: OnChannel | None = None
         self._looking: set[asyncio.Task[None]] = set()
+        least, most = connections
+        self._choice, self._bbr = Choice(connections=least, least=least, most=most), bbr
+        self._known: dict[str, Known] = {}
+        self._advised = False
+        self._gathering = Gathering(config.channel.dial_timeout, config.channel.on_error)
 
     async def listen(self, on_channel: OnChannel) -> list[str]:
         self._on_channel = on_channel
@@ -83,7 +95,7 @@ class GrpcTransport:
                 return
             self._config.channel.meter.record_connection(peer_id or STRANGERS, dialled=False, proof=True)
             if peer_id is not None:
-                await self._channels.serve(peer_id, pipe, on_channel)
+                await self._called(peer_id, pipe)
 
         async def answer(nonce: bytes, context: Any) -> bytes:
             return self._identity.sign(_confirmation(nonce, self._certificate.fingerprint, self._config.run))
@@ -118,17 +130,39 @@ class GrpcTransport:
         return "" if self._p2p is None else self._p2p.daemon.peer
 
     async def _called(self, peer_id: str, pipe: Pipe) -> None:
-        assert self._on_channel is not None, "listen first"
-        await self._channels.serve(peer_id, pipe, self._on_channel)
+        async def serve(whole: Pipe, first: bytes | None) -> None:
+            assert self._on_channel is not None, "listen first"
+            await self._channels.serve(peer_id, whole, self._on_channel, first)
+
+        await self._gathering.serve(peer_id, pipe, serve)
 
     async def dial(self, peer_id: str, addresses: Sequence[str]) -> Channel:
-        route = _Route(self, peer_id, tuple(addresses))
+        known = self._known.setdefault(peer_id, Known())
+        tried = known.connections
+        try:
+            return await self._dial(peer_id, addresses, known)
+        except UnreachableError:
+            if tried == 1:
+                raise
+            known.connections = 1  # maybe more are the reason
+            return await self._dial(peer_id, addresses, known)
+
+    async def _dial(self, peer_id: str, addresses: Sequence[str], known: Known) -> Channel:
+        route = Route(self, peer_id, tuple(addresses), self._choice, known, bbr=self._bbr)
         channel = await self._channels.open(peer_id, route.connect)
-        if (self._relays is not None or self._p2p is not None) and addresses:
-            looking = asyncio.create_task(route.look(channel))
+        if addresses:
+            roundabout = self._relays is not None or self._p2p is not None
+            watches = [route.tend, *([route.look] if roundabout else [])]
+            looking = asyncio.create_task(watch(route, channel, watches))
             self._looking.add(looking)
             looking.add_done_callback(self._looking.discard)
         return channel
+
+    def advise(self, text: str) -> None:
+        """Tells the owner of this machine what would help, the first time only."""
+        if not self._advised:
+            self._advised = True
+            log.warning("%s", text)
 
     def ways(self, peer_id: str, addresses: Sequence[str]) -> list[Way]:
         """Directly first, then over libp2p, then through relays."""
@@ -162,13 +196,13 @@ class GrpcTransport:
             found.append(partial(self._p2p.reach, peer_id, places, LOOK_TIMEOUT, direct=True))
         return found
 
-    async def reach(self, peer_id: str, address: str, timeout: timedelta) -> Pipe:
-        """A pipe straight to ``address``."""
+    async def reach(self, peer_id: str, address: str, timeout: timedelta, der: bytes | None = None) -> DiallerPipe:
+        """A pipe straight to ``address``; ``der`` is the certificate that was seen there, if one was."""
         host, port = split_address(address)
-        der = await fetch_certificate(host, port, timeout)
+        der = der or await fetch_certificate(host, port, timeout)
         # Here, for one that is turned away costs as much.
         self._config.channel.meter.record_connection(peer_id, dialled=True, proof=True)
-        pipe = DiallerPipe(pinned_channel(join_address(host, port), der), f"/{SERVICE}/{METHOD}")
+        pipe = DiallerPipe(pinned_channel(join_address(host, port), der), f"/{SERVICE}/{METHOD}", address, der)
         try:
             async with asyncio.timeout(timeout.total_seconds()):
                 await prove_to_listener(pipe, self._identity, peer_id, fingerprint_of(der), self._config.run)
@@ -193,40 +227,6 @@ class GrpcTransport:
         if self._server is not None:
             await self._server.stop(CLOSE_SECONDS)
             self._server = None
-
-
-class _Route:
-    """How one channel gets to its peer, each time that it dials."""
-
-    def __init__(self, transport: GrpcTransport, peer_id: str, addresses: tuple[str, ...]) -> None:
-        self._transport, self._peer_id, self._addresses = transport, peer_id, addresses
-        self._ready: Pipe | None = None  # a better path, to be moved to
-
-    async def connect(self) -> Pipe:
-        if (ready := self._ready) is not None:
-            self._ready = None
-            return ready
-        if not (ways := self._transport.ways(self._peer_id, self._addresses)):
-            raise UnreachableError(f"peer {self._peer_id} has no address", hint="wait until it is reachable")
-        return await first_of(ways)
-
-    async def look(self, channel: Channel) -> None:
-        """While the channel lives: whether there is a direct path by now, and if so, moves it there."""
-        pauses = iter(LOOKS_SECONDS)
-        try:
-            while not channel.closed:
-                await asyncio.sleep(next(pauses, LOOKS_SECONDS[-1]))
-                if channel.path().kind != "relayed":
-                    continue
-                for way in self._transport.straight(self._peer_id, self._addresses):
-                    with contextlib.suppress(UnreachableError):
-                        self._ready = await way()
-                        log.info("%s can be reached directly now", self._peer_id[:8])
-                        channel.redial()
-                        break
-        finally:
-            if self._ready is not None:
-                await self._ready.close()
 
 
 def _apart(addresses: Sequence[str]) -> tuple[list[str], list[str]]:

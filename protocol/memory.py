@@ -19,6 +19,8 @@ class MemoryPipe:
     """One end of a pipe; ``pair`` makes both."""
 
     kind: PathKind = "memory"
+    connections = 1
+    congestion = ""
 
     def __init__(self, passes: Callable[[int], bool]) -> None:
         self._passes = passes

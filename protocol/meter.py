@@ -31,7 +31,8 @@ class Overhead:
     is kept, and the headers of a call; between peers the proof of both keys comes on top.
 
     Not counted: keepalive pings of an idle connection (25 bytes a second at most), ARP, dials that end before
-    TLS stands, and what the line loses and TCP repeats.
+    TLS stands, what the line loses and TCP repeats, and of a hop over several connections the 8 bytes that number
+    each message and the probes of all connections but one.
 
     Against the kernel's counters on 1500-byte, 100 Mbit/s lines (``tests/processes/test_meter_kernel.py``): whole
     workers within 1 %, one that only waits within 3 %. The acknowledgements of a long transfer alone read up to

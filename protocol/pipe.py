@@ -27,9 +27,14 @@ class Pipe(Protocol):
     """Messages both ways, in order, until it breaks; both then raise ``PipeClosed``.
 
     ``send`` waits while the other side cannot take more. What was sent before ``close`` still arrives.
+    ``congestion`` names the congestion control of our side's sockets (``cubic``, ``bbr``), empty where that is unknown.
     """
 
     kind: PathKind
+    connections: int
+
+    @property
+    def congestion(self) -> str: ...
 
     async def send(self, message: bytes) -> None: ...
 
@@ -44,6 +49,8 @@ class PathInfo(NamedTuple):
     kind: PathKind
     rtt_seconds: float | None
     bytes_per_second: float | None
+    connections: int = 1
+    congestion: str = ""
 
 
 def _allow(header: object) -> None:

@@ -71,12 +71,15 @@ class Channels:
             raise
         return channel
 
-    async def serve(self, peer_id: str, pipe: Pipe, on_channel: OnChannel) -> None:
-        """Run a pipe that an authenticated peer dialled: a new channel, or a known one that goes on."""
+    async def serve(self, peer_id: str, pipe: Pipe, on_channel: OnChannel, first: bytes | None = None) -> None:
+        """Run a pipe that an authenticated peer dialled: a new channel, or a known one that goes on.
+
+        ``first`` is its first message, if that was read already.
+        """
         session: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(self._config.channel.dial_timeout.total_seconds()):
-                hello = parse_message(await pipe.recv())
+                hello = parse_message(await pipe.recv() if first is None else first)
                 if not isinstance(hello, Hello):
                     raise WireError("the peer did not greet")
                 session = await self._accept(peer_id, pipe, hello, on_channel)

@@ -21,6 +21,8 @@ class Tunnel:
     """A pipe inside ``pipe``. Call ``open`` first; ``certificate`` (DER) is the listener's, as the dialler sees it."""
 
     kind: PathKind = "relayed"
+    connections = 1
+    congestion = ""
 
     def __init__(self, pipe: Pipe, context: ssl.SSLContext, *, listens: bool) -> None:
         self._pipe = pipe

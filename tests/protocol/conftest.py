@@ -117,7 +117,8 @@ class Rig:
         if self.kind == "memory":
             made: Any = self.network.join(name, config)
         else:
-            made = GrpcTransport(Identity.generate(), Certificate.generate(), config)
+            connections = (4, 4) if self.kind == "striped" else (1, 1)
+            made = GrpcTransport(Identity.generate(), Certificate.generate(), config, connections=connections)
         self.closing.append(made)
         return made
 
@@ -125,7 +126,7 @@ class Rig:
         self.config_a, self.config_b = self.config(**a or {}), self.config(**b or {})
         self.a, self.b = self.transport("a", self.config_a), self.transport("b", self.config_b)
         self.addresses = await self.b.listen(self.accepted.put_nowait)
-        if self.kind == "grpc":
+        if self.kind in ("grpc", "striped"):
             self.proxy = Proxy(*split_address(self.addresses[0]))
             self.addresses = [await self.proxy.start()]
         if self.kind == "p2p":
@@ -180,7 +181,7 @@ class Rig:
             await self.proxy.close()
 
 
-@pytest.fixture(params=["memory", "grpc", "relayed", pytest.param("p2p", marks=needs_hivemind)])
+@pytest.fixture(params=["memory", "grpc", "striped", "relayed", pytest.param("p2p", marks=needs_hivemind)])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     made = Rig(request.param)
     yield made

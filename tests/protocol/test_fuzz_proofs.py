@@ -34,6 +34,8 @@ class Spoiling:
     """A pipe whose ``which``-th message on its way out is another one."""
 
     kind = "memory"
+    connections = 1
+    congestion = ""
 
     def __init__(self, pipe: Pipe, which: int, change: Callable[[bytes], bytes]) -> None:
         self._pipe, self._left, self._change = pipe, which, change

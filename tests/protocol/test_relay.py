@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from potluck.coordinator.relay import Relay
-from potluck.protocol import grpc_transport
+from potluck.protocol import route
 from potluck.protocol.channel import Channel
 from potluck.protocol.errors import ConfigError, UnreachableError
 from potluck.protocol.frames import Frame, Kind, TensorSpec, make_frame
@@ -219,7 +219,7 @@ async def test_a_second_relay_takes_over_in_mid_stream(rig: Rig) -> None:
 async def test_a_direct_path_comes_first_and_is_moved_to_when_it_comes_late(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpc_transport, "LOOKS_SECONDS", (0.1,))
+    monkeypatch.setattr(route, "LOOKS_SECONDS", (0.1,))
     await rig.start()
     (address,) = rig_addresses = await rig.b.listen(rig.accepted.put_nowait)
     direct = await rig.a.dial(rig.b.peer_id, rig_addresses)
