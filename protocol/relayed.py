@@ -20,7 +20,7 @@ from .grpc_pipes import DiallerPipe
 from .handshake import prove_to_dialler, prove_to_listener
 from .identity import Identity
 from .pipe import Pipe
-from .relay import ANSWER, ATTACH, CALL, Spot, enter, rung
+from .relay import ANSWER, ATTACH, BEAT, BEAT_SECONDS, CALL, Spot, enter, rung
 from .tls import Certificate, fetch_certificate, fingerprint_of, pinned_channel, split_address
 from .transport import TransportConfig
 from .tunnel import Tunnel
@@ -94,14 +94,18 @@ class Relays:
         while True:
             try:
                 raw = await self._dial(spot, ATTACH, self._config.channel.dial_timeout)
+                beating: asyncio.Task[None] | None = None
                 try:
                     await enter(raw, self._identity, self._secret, spot, self._config.run, ATTACH)
                     self._attached.add(spot)
                     pause, told = FIRST_PAUSE, ""
+                    beating = asyncio.create_task(self._beat(raw))
                     while True:
                         self._ring(spot, rung(await raw.recv()))
                 finally:
                     self._attached.discard(spot)
+                    if beating is not None:
+                        beating.cancel()
                     await raw.close()
             except PotluckError as error:
                 if told != error.code:
@@ -109,6 +113,12 @@ class Relays:
                     log.info("relay %s: %s", spot.address, error)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LAST_PAUSE)
+
+    async def _beat(self, raw: DiallerPipe) -> None:
+        with contextlib.suppress(PotluckError):  # who receives hears of it
+            while True:
+                await asyncio.sleep(BEAT_SECONDS)
+                await raw.send(BEAT)
 
     def _ring(self, spot: Spot, call: bytes) -> None:
         if len(self._answers) < MOST_ANSWERS:
