@@ -94,6 +94,7 @@ class Doors:
             return
         except (TimeoutError, DecodeError):
             return
+        assert first is not None  # it would have been refused
         member = replace(member, addresses=await self.reached(first.hello, member))
         await failpoint_async("coordinator.hello.accepted")
         line = Line(member.peer, member.session)
