@@ -1,9 +1,9 @@
 """A relay: peers that cannot be dialled meet here, each on a connection that it opened itself.
 
 It moves messages from one stream to the other and sees nothing of what is in them (``protocol/tunnel.py``). A stream is
-read only as fast as the other one takes, so it holds a message or two of each; all streams take turns, so 200 peers
-share the machine evenly, and each may send ``peer_mbps`` at most. Every coordinator is one; ``potluck relay up`` starts
-others for the same run.
+read only as fast as the other one takes, so it holds a message or two of each (half a megabyte at most); all streams
+take turns, so 200 peers share the machine evenly, and each may send ``peer_mbps`` at most. Every coordinator is one;
+``potluck relay up`` starts others for the same run.
 """
 
 from __future__ import annotations

@@ -59,18 +59,18 @@ class Relays:
     async def call(self, peer_id: str, spot: Spot, timeout: timedelta) -> Pipe:
         """A pipe to that very peer. ``UnreachableError`` as from dialling it, or with a code of ``relay.REFUSALS``."""
         identity, run = self._identity, self._config.run
-        raw: DiallerPipe | None = None
+        pipe: Pipe | None = None
         try:
             async with asyncio.timeout(timeout.total_seconds()):
-                raw = await self._dial(spot, CALL, timeout)
-                await enter(raw, identity, self._secret, spot, run, CALL, peer_id)
-                pipe = await Tunnel.dial(raw)
-                await prove_to_listener(pipe, identity, peer_id, fingerprint_of(pipe.certificate), run)
+                pipe = await self._dial(spot, CALL, timeout)
+                await enter(pipe, identity, self._secret, spot, run, CALL, peer_id)
+                pipe = tunnel = await Tunnel.dial(pipe)
+                await prove_to_listener(tunnel, identity, peer_id, fingerprint_of(tunnel.certificate), run)
             self._config.channel.meter.record_connection(peer_id, dialled=True, proof=True)
-            return pipe
+            return tunnel
         except BaseException as error:
-            if raw is not None:
-                await raw.close()
+            if pipe is not None:
+                await pipe.close()
             if isinstance(error, TimeoutError):
                 raise UnreachableError(
                     f"{peer_id} does not answer through the relay at {spot.address}",
@@ -129,17 +129,17 @@ class Relays:
     async def _answer(self, spot: Spot, call: bytes) -> None:
         patience = self._config.channel.dial_timeout
         with contextlib.suppress(PotluckError, TimeoutError):
-            raw = await self._dial(spot, ANSWER, patience)
+            pipe: Pipe = await self._dial(spot, ANSWER, patience)
             try:
                 async with asyncio.timeout(patience.total_seconds()):
-                    await raw.send(call)
-                    pipe = await Tunnel.listen(raw, self._certificate)
+                    await pipe.send(call)
+                    pipe = await Tunnel.listen(pipe, self._certificate)
                     peer = await prove_to_dialler(pipe, self._identity, self._certificate.fingerprint, self._config)
                 if peer is not None:
                     self._config.channel.meter.record_connection(peer, dialled=False, proof=True)
                     await self._serve(peer, pipe)
             finally:
-                await raw.close()
+                await pipe.close()
 
     async def _dial(self, spot: Spot, method: str, timeout: timedelta) -> DiallerPipe:
         """A stream to the relay, on a connection of its own: one that is slow holds no other up."""

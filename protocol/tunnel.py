@@ -2,10 +2,12 @@
 
 A pipe through a relay ends at the relay. So the two peers do TLS once more with each other, each with its own
 self-signed certificate (``handshake.py`` then proves the keys, bound to that certificate), and the relay moves records.
+What a relay has to do goes by the number of messages, so what is sent while another message is on its way goes as one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 
 from .frames import MESSAGE_NBYTES
@@ -13,12 +15,14 @@ from .pipe import PathKind, Pipe, PipeClosed
 from .tls import SERVER_NAME, Certificate
 
 _LENGTH_NBYTES = 4
-MOST_NBYTES = MESSAGE_NBYTES + 4096  # of one message of the pipe inside, with its length and TLS's records
+TOGETHER_NBYTES = 448 * 1024  # that may wait for the message before them, and then go as one
+MOST_NBYTES = TOGETHER_NBYTES + MESSAGE_NBYTES + 8192  # of a message, with what TLS adds
 _READ_NBYTES = 64 * 1024
+CLOSE_SECONDS = 1.0  # for what was sent before
 
 
 class Tunnel:
-    """A pipe inside ``pipe``. Call ``open`` first; ``certificate`` (DER) is the listener's, as the dialler sees it."""
+    """A pipe inside ``pipe``; ``certificate`` (DER) is the listener's, as the dialler sees it."""
 
     kind: PathKind = "relayed"
 
@@ -29,6 +33,9 @@ class Tunnel:
             self._incoming, self._outgoing, server_side=listens, server_hostname=None if listens else SERVER_NAME
         )
         self._plain = bytearray()
+        self._sending: asyncio.Task[None] | None = None
+        self._room = asyncio.Event()
+        self._broken: PipeClosed | None = None
 
     @classmethod
     async def listen(cls, pipe: Pipe, certificate: Certificate) -> Tunnel:
@@ -66,7 +73,25 @@ class Tunnel:
             self._tls.write(len(message).to_bytes(_LENGTH_NBYTES, "big") + message)
         except ssl.SSLError as error:
             raise PipeClosed(f"the tunnel broke ({error.reason})") from None
-        await self._flush()
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send())
+        while self._broken is None and self._outgoing.pending > TOGETHER_NBYTES:
+            self._room.clear()
+            await self._room.wait()
+        if self._broken is not None:
+            raise self._broken
+
+    async def _send(self) -> None:
+        """All there is, in few messages: what a relay has to do goes by their number."""
+        try:
+            while self._outgoing.pending:
+                data = self._outgoing.read()
+                self._room.set()
+                await self._pipe.send(data)
+        except PipeClosed as error:
+            self._broken = error
+        finally:
+            self._room.set()
 
     async def recv(self) -> bytes:
         while (message := self._next()) is None:
@@ -74,7 +99,14 @@ class Tunnel:
         return message
 
     async def close(self) -> None:
-        await self._pipe.close()
+        try:
+            if self._sending is not None and not self._sending.done():
+                await asyncio.wait({self._sending}, timeout=CLOSE_SECONDS)
+        finally:
+            self._broken = self._broken or PipeClosed("the tunnel was closed here")
+            if self._sending is not None:
+                self._sending.cancel()
+            await self._pipe.close()
 
     def _next(self) -> bytes | None:
         """The next whole message of what has been decrypted."""

@@ -120,6 +120,7 @@ async def test_a_relay_cannot_answer_for_a_peer(rig: Rig) -> None:
         await pipe.send(b"\x91\xa0")  # "connected"
         tunnel = await Tunnel.listen(pipe, certificate)
         await prove_to_dialler(tunnel, liar, certificate.fingerprint, rig.config_b)
+        await tunnel.close()
 
     assert rig.relay
     with pytest.MonkeyPatch.context() as patch:
