@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from typing import Any
 
@@ -31,11 +32,12 @@ class Hub:
         return await confirmed(addresses, bytes.fromhex(key), RUN, lan=True)
 
     async def state(self) -> dict[str, Any]:
-        """``cpu``: seconds of this process so far."""
+        """Of this process: ``cpu`` seconds so far, ``memory`` is the most bytes that it has had."""
         return {
             "attached": self.relay.attached,
             "calls": self.relay.calls,
             "cpu": time.process_time(),
+            "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "nbytes": sum(usage.sent_nbytes for usage in self.relay.usage.values()),
         }
 

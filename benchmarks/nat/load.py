@@ -27,6 +27,7 @@ class Load:
     seconds: float
     rate: float
     cpu_per_gb: float  # seconds of the relay's process for 10^9 bytes of its messages
+    memory_mb: float  # of the relay's process, at most
     least: float
     median: float
     most: float
@@ -68,6 +69,7 @@ def bear(pairs: int, *, seconds: float, folder: Path) -> Load:
         seconds=took,
         rate=sum(rates),
         cpu_per_gb=(after["cpu"] - before["cpu"]) / (after["nbytes"] - before["nbytes"]) * 1e9,
+        memory_mb=after["memory"] / 1e6,
         least=min(rates),
         median=statistics.median(rates),
         most=max(rates),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +73,19 @@ def ends(lab: Lab, hosts: dict[str, int], folder: Path) -> Iterator[dict[str, En
         yield made
 
 
-def measure(line: str, *, seconds: float, hold: float, folder: Path) -> Iterator[Pair]:
+def measure(
+    line: str, *, seconds: float, hold: float, folder: Path, kinds: Sequence[str] = tuple(NATS)
+) -> Iterator[Pair]:
     """Every kind with every kind, one pair after the other; those that have a path are given out at the end, ``hold``
     seconds after it was found or later."""
     profile = PROFILES[line]
-    hosts = {f"{role} {kind}": 1 + k for k, (role, kind) in enumerate((r, k) for r in ("to", "from") for k in NATS)}
+    hosts = {f"{role} {kind}": 1 + k for k, (role, kind) in enumerate((r, k) for r in ("to", "from") for k in kinds)}
     nats = {host: NATS[name.split()[1]] for name, host in hosts.items()}
     with Lab(profile.after(UNLIMITED), hosts=1 + len(hosts), nats=nats) as lab, ends(lab, hosts, folder) as made:
         up = profile.line(0).up_mbit / 8
         found: list[tuple[float, Pair, End, End]] = []
-        for dialler in NATS:
-            for listener in NATS:
+        for dialler in kinds:
+            for listener in kinds:
                 near, far = made[f"from {dialler}"], made[f"to {listener}"]
                 pair = one(near, far, Pair(dialler=dialler, listener=listener), seconds)
                 if pair.failed:

@@ -62,8 +62,8 @@ def one_training(row: dict[str, Any]) -> str:
 
 def one_load(row: dict[str, Any]) -> str:
     return (
-        f"{row['pairs']} pairs: {row['rate']:.0f} MB/s, {row['cpu_per_gb']:.1f} CPU seconds per GB; "
-        f"each {row['least']:.2f} to {row['most']:.2f}, median {row['median']:.2f}"
+        f"{row['pairs']} pairs: {row['rate']:.0f} MB/s, {row['cpu_per_gb']:.1f} CPU seconds per GB, "
+        f"{row['memory_mb']:.0f} MB; each {row['least']:.2f} to {row['most']:.2f}, median {row['median']:.2f}"
     )
 
 
@@ -87,7 +87,8 @@ def paths(found: dict[str, Any]) -> str:
     return f"""## Who reaches whom
 
 Every row dials every column. Path, seconds from dialling to the first frame's arrival, and the share of the line's
-rate that a stream of frames then takes ({means}). After {hold:g} s each path was looked at again: {changes}.
+rate that a stream of frames then takes ({means}).
+After {hold:g} s each path was looked at again: {changes}.
 
 {table(["from, to", *NATS], rows)}
 
@@ -136,20 +137,21 @@ def bearing(found: dict[str, Any]) -> str:
             f"{row['rate']:.0f}",
             f"{row['cpu_per_gb']:.1f}",
             f"{1000 / row['cpu_per_gb']:.0f}",
+            f"{row['memory_mb']:.0f}",
             f"{row['least']:.2f}",
             f"{row['median']:.2f}",
             f"{row['most']:.2f}",
         ]
         for row in found["rows"]
     ]
-    heads = ["peers", "MB/s", "CPU s/GB", "MB/s a core", "least", "median", "most"]
+    heads = ["peers", "MB/s", "CPU s/GB", "MB/s a core", "memory, MB", "least", "median", "most"]
     return f"""## One relay
 
 Half of the peers send to the other half through one relay, as fast as it goes, over loopback; all share this machine's
-cores, and encrypting, checking and decrypting at the ends takes most of them. *CPU s/GB*: of the relay's process alone.
-*MB/s a core*: what that comes to with a core of its own, by calculation (aim: {AIM_MB:.0f}). *Least* to *most*: MB/s
-of a single pair. Frames of {FRAME_NBYTES >> 10} KiB, at most {LOAD_WINDOW >> 20} MiB of them unacknowledged by all
-together, but {LEAST_WINDOW >> 10} KiB by each at the least.
+cores, and encrypting, checking and decrypting at the ends takes most of them. *CPU s/GB* and *memory* (at most) are of
+the relay's process alone. *MB/s a core*: what that comes to with a core of its own, by calculation (aim: {AIM_MB:.0f}).
+*Least* to *most*: MB/s of a single pair. Frames of {FRAME_NBYTES >> 10} KiB, at most {LOAD_WINDOW >> 20} MiB of them
+unacknowledged by all together, but {LEAST_WINDOW >> 10} KiB by each at the least.
 
 {table(heads, rows)}
 """
