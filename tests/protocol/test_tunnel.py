@@ -25,10 +25,12 @@ class Wire:
         self.open = asyncio.Event()
         self.open.set()
         self.broken = self.closed = False
+        self.seconds = 0.0  # that 64 KiB take
         self.sizes: list[int] = []
 
     async def send(self, message: bytes) -> None:
         await self.open.wait()
+        await asyncio.sleep(self.seconds * len(message) / MESSAGE_NBYTES)
         if self.broken:
             raise PipeClosed("cut")
         self.sizes.append(len(message))
@@ -49,9 +51,9 @@ async def ends() -> tuple[Wire, Tunnel, Tunnel]:
     return a, near, far
 
 
-async def test_what_is_sent_while_a_message_is_on_its_way_goes_as_one(ends: tuple[Wire, Tunnel, Tunnel]) -> None:
+async def test_small_messages_that_wait_for_another_go_as_one(ends: tuple[Wire, Tunnel, Tunnel]) -> None:
     wire, near, far = ends
-    messages = [bytes([i]) * n for i, n in enumerate([10, 0, 3000, MESSAGE_NBYTES, 7])]
+    messages = [bytes([i]) * n for i, n in enumerate([10, 0, 3000, 20_000, 7])]
     before = len(wire.sizes)
     wire.open.clear()
     for message in messages:
@@ -59,6 +61,25 @@ async def test_what_is_sent_while_a_message_is_on_its_way_goes_as_one(ends: tupl
     wire.open.set()
     assert [await far.recv() for _ in messages] == messages
     assert len(wire.sizes) - before <= 2
+
+
+@pytest.mark.parametrize(("seconds", "together"), [(0.0, True), (0.01, False)])
+async def test_large_ones_go_together_only_where_the_line_is_fast(
+    ends: tuple[Wire, Tunnel, Tunnel], seconds: float, together: bool
+) -> None:
+    wire, near, far = ends
+    wire.seconds = seconds
+    messages = [bytes([i]) * MESSAGE_NBYTES for i in range(100)]
+
+    async def pour() -> None:
+        for message in messages:
+            await near.send(message)
+
+    pouring = asyncio.create_task(pour())
+    assert [await far.recv() for _ in messages] == messages
+    await pouring
+    assert (max(wire.sizes) > 2 * MESSAGE_NBYTES) is together
+    assert max(wire.sizes) <= (MOST_NBYTES if together else 2 * MESSAGE_NBYTES)
 
 
 async def test_as_much_waits_as_is_on_its_way_and_no_more_than_a_relay_takes(ends: tuple[Wire, Tunnel, Tunnel]) -> None:
