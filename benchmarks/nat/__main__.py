@@ -13,6 +13,7 @@ namespaces (``relay`` does not); two idle cores for figures that mean something.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -72,8 +73,9 @@ def main() -> None:
     options = parser.parse_args()
     for name, part in parts.items():
         if options.part in (None, name):
+            busy = os.getloadavg()[0]
             with tempfile.TemporaryDirectory() as folder:
-                report.save(DOCS, name, part(options, Path(folder)))
+                report.save(DOCS, name, part(options, Path(folder)) | {"load": busy})
     report.write(DOCS)
 
 

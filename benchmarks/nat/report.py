@@ -40,6 +40,7 @@ def load(docs: Path) -> dict[str, Any]:
 
 
 def save(docs: Path, part: str, found: dict[str, Any]) -> None:
+    """``found`` says how busy the machine was before: ``load``."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     everything = load(docs) | {part: found | {"machine": machine}}
     (docs / "nat.json").write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n")
@@ -161,7 +162,8 @@ def write(docs: Path) -> None:
     found = load(docs)
     parts = [HEAD]
     if machine := next((part["machine"] for part in found.values()), ""):
-        parts.append(f"Machine: {machine}.\n")
+        loads = ", ".join(f"{name} {part['load']:.1f}" for name, part in found.items() if "load" in part)
+        parts.append(f"Machine: {machine}. Load average before each part, other work on it: {loads or 'unknown'}.\n")
     for name, section in (("pairs", paths), ("train", training), ("relay", bearing)):
         if name in found:
             parts.append(section(found[name]))
