@@ -1,9 +1,9 @@
 """A relay: peers that cannot be dialled meet here, each on a connection that it opened itself.
 
 It moves messages from one stream to the other and sees nothing of what is in them (``protocol/tunnel.py``). A stream is
-read only as fast as the other one takes, so it holds a message or two of each; all streams take turns, so 200 peers
-share the machine evenly, and each may send ``peer_mbps`` at most. Every coordinator is one; ``potluck relay up`` starts
-others for the same run.
+read only as fast as the other one takes, so it holds a message or two of each (half a megabyte at most); all streams
+take turns, so 200 peers share the machine evenly, and each may send ``peer_mbps`` at most. Every coordinator is one;
+``potluck relay up`` starts others for the same run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..protocol.tunnel import MOST_NBYTES
 log = logging.getLogger(__name__)
 ENTER_SECONDS = 10.0  # to prove who one is
 ANSWER_SECONDS = 10.0  # for a peer that is called to dial back
+SILENT_SECONDS = 15.0  # after which a peer that should say every two that it is there, is not
 
 
 @dataclass
@@ -40,17 +41,18 @@ class Usage:
 
 
 @dataclass(eq=False)
-class _Attached:
-    """A peer that can be called."""
-
-    rings: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
+class _Call:
+    asked: Asked
+    answered: asyncio.Future[Pipe | None]  # None: the peer that is called is gone
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(eq=False)
-class _Call:
-    asked: Asked
-    answered: asyncio.Future[Pipe]
-    over: asyncio.Event = field(default_factory=asyncio.Event)
+class _Attached:
+    """A peer that can be called, and the calls to it."""
+
+    rings: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
+    calls: set[_Call] = field(default_factory=set)
 
 
 class Relay:
@@ -106,7 +108,10 @@ class Relay:
             return await admit(pipe, self._secret, self._fingerprint, self._run, method)
 
     async def _attach(self, pipe: ListenerPipe) -> None:
-        """One peer's stay. A newer one of the same peer replaces it."""
+        """One peer's stay. A newer one of the same peer replaces it.
+
+        Calls to the peer end with it: the lines that they use are likely dead, too, and who called calls again.
+        """
         asked = await self._enter(pipe, ATTACH)
         if asked is None:
             return
@@ -117,13 +122,27 @@ class Relay:
         mine = self._attached[asked.peer] = _Attached()
         if before is not None:
             before.rings.put_nowait(None)
+        listening = asyncio.create_task(self._listen(pipe, mine))
         try:
             await verdict(pipe)
             while (call := await mine.rings.get()) is not None:
                 await pipe.send(ring(call))
         finally:
+            listening.cancel()
             if self._attached.get(asked.peer) is mine:
                 del self._attached[asked.peer]
+            for going in mine.calls:
+                going.over.set()
+                if not going.answered.done():
+                    going.answered.set_result(None)
+
+    async def _listen(self, pipe: ListenerPipe, mine: _Attached) -> None:
+        """Ends a stay whose peer is gone or silent."""
+        with contextlib.suppress(PipeClosed, TimeoutError):
+            while True:
+                async with asyncio.timeout(SILENT_SECONDS):
+                    await pipe.recv()
+        mine.rings.put_nowait(None)
 
     async def _call(self, pipe: ListenerPipe) -> None:
         """One call, from who dials to its end."""
@@ -141,6 +160,7 @@ class Relay:
         call = self._calls[number] = _Call(asked, asyncio.get_running_loop().create_future())
         self._going[asked.peer] += 1
         try:
+            callee.calls.add(call)
             callee.rings.put_nowait(number)
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
@@ -148,11 +168,15 @@ class Relay:
             except TimeoutError:
                 await verdict(pipe, "silent")
                 return
+            if far is None:
+                await verdict(pipe, "absent")
+                return
             await verdict(pipe)
             self._of(asked.peer).calls += 1
-            await self._join(pipe, far, asked)
+            await self._join(pipe, far, call)
         finally:
             self._calls.pop(number, None)
+            callee.calls.discard(call)
             self._going[asked.peer] -= 1
             call.over.set()
 
@@ -164,18 +188,20 @@ class Relay:
             call.answered.set_result(pipe)
             await call.over.wait()
 
-    async def _join(self, near: Pipe, far: Pipe, asked: Asked) -> None:
-        """Until either end is gone."""
-        pumps = [
-            asyncio.create_task(self._pump(near, far, asked.peer, asked.target)),
-            asyncio.create_task(self._pump(far, near, asked.target, asked.peer)),
+    async def _join(self, near: Pipe, far: Pipe, call: _Call) -> None:
+        """Until either end is gone, or the call is over."""
+        caller, callee = call.asked
+        tasks: list[asyncio.Task[object]] = [
+            asyncio.create_task(self._pump(near, far, caller, callee)),
+            asyncio.create_task(self._pump(far, near, callee, caller)),
+            asyncio.create_task(call.over.wait()),
         ]
         try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _pump(self, source: Pipe, sink: Pipe, sender: str, receiver: str) -> None:
         bucket = self._buckets.setdefault(sender, Bucket(self._peer_mbps))

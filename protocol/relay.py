@@ -1,9 +1,10 @@
 """What a relay and those who use it say to each other, before the relay only moves bytes.
 
-Both sides dial the relay, so a router that lets connections out is enough. Who can be called stays attached; a caller
-names a peer, that peer is told (``Ring``) and dials back with the call's number, and from then on every message of one
-stream goes out on the other. Admission is by the run's ticket: a signature of the peer's key and proof of the secret,
-both bound to the relay's certificate and to its nonce.
+Both sides dial the relay, so a router that lets connections out is enough. Who can be called stays attached, and says
+so every two seconds: if its router was restarted, the line breaks by that, and another is made before anybody misses
+it. A caller names a peer, that peer is told (``Ring``) and dials back with the call's number, and from then on every
+message of one stream goes out on the other. Admission is by the run's ticket: a signature of the peer's key and proof
+of the secret, both bound to the relay's certificate and to its nonce.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .tls import FINGERPRINT, split_address
 
 ATTACH, CALL, ANSWER = "/potluck.Relay/Attach", "/potluck.Relay/Call", "/potluck.Relay/Answer"
 CALL_NBYTES = 16
+BEAT, BEAT_SECONDS = b"", 2.0  # what an attached peer says, and how often
 _RELAY = b"potluck relay 1"
 
 

@@ -20,7 +20,7 @@ from .grpc_pipes import DiallerPipe
 from .handshake import prove_to_dialler, prove_to_listener
 from .identity import Identity
 from .pipe import Pipe
-from .relay import ANSWER, ATTACH, CALL, Spot, enter, rung
+from .relay import ANSWER, ATTACH, BEAT, BEAT_SECONDS, CALL, Spot, enter, rung
 from .tls import Certificate, fetch_certificate, fingerprint_of, pinned_channel, split_address
 from .transport import TransportConfig
 from .tunnel import Tunnel
@@ -59,18 +59,18 @@ class Relays:
     async def call(self, peer_id: str, spot: Spot, timeout: timedelta) -> Pipe:
         """A pipe to that very peer. ``UnreachableError`` as from dialling it, or with a code of ``relay.REFUSALS``."""
         identity, run = self._identity, self._config.run
-        raw: DiallerPipe | None = None
+        pipe: Pipe | None = None
         try:
             async with asyncio.timeout(timeout.total_seconds()):
-                raw = await self._dial(spot, CALL, timeout)
-                await enter(raw, identity, self._secret, spot, run, CALL, peer_id)
-                pipe = await Tunnel.dial(raw)
-                await prove_to_listener(pipe, identity, peer_id, fingerprint_of(pipe.certificate), run)
+                pipe = await self._dial(spot, CALL, timeout)
+                await enter(pipe, identity, self._secret, spot, run, CALL, peer_id)
+                pipe = tunnel = await Tunnel.dial(pipe)
+                await prove_to_listener(tunnel, identity, peer_id, fingerprint_of(tunnel.certificate), run)
             self._config.channel.meter.record_connection(peer_id, dialled=True, proof=True)
-            return pipe
+            return tunnel
         except BaseException as error:
-            if raw is not None:
-                await raw.close()
+            if pipe is not None:
+                await pipe.close()
             if isinstance(error, TimeoutError):
                 raise UnreachableError(
                     f"{peer_id} does not answer through the relay at {spot.address}",
@@ -94,14 +94,18 @@ class Relays:
         while True:
             try:
                 raw = await self._dial(spot, ATTACH, self._config.channel.dial_timeout)
+                beating: asyncio.Task[None] | None = None
                 try:
                     await enter(raw, self._identity, self._secret, spot, self._config.run, ATTACH)
                     self._attached.add(spot)
                     pause, told = FIRST_PAUSE, ""
+                    beating = asyncio.create_task(self._beat(raw))
                     while True:
                         self._ring(spot, rung(await raw.recv()))
                 finally:
                     self._attached.discard(spot)
+                    if beating is not None:
+                        beating.cancel()
                     await raw.close()
             except PotluckError as error:
                 if told != error.code:
@@ -109,6 +113,12 @@ class Relays:
                     log.info("relay %s: %s", spot.address, error)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LAST_PAUSE)
+
+    async def _beat(self, raw: DiallerPipe) -> None:
+        with contextlib.suppress(PotluckError):  # who receives hears of it
+            while True:
+                await asyncio.sleep(BEAT_SECONDS)
+                await raw.send(BEAT)
 
     def _ring(self, spot: Spot, call: bytes) -> None:
         if len(self._answers) < MOST_ANSWERS:
@@ -119,17 +129,17 @@ class Relays:
     async def _answer(self, spot: Spot, call: bytes) -> None:
         patience = self._config.channel.dial_timeout
         with contextlib.suppress(PotluckError, TimeoutError):
-            raw = await self._dial(spot, ANSWER, patience)
+            pipe: Pipe = await self._dial(spot, ANSWER, patience)
             try:
                 async with asyncio.timeout(patience.total_seconds()):
-                    await raw.send(call)
-                    pipe = await Tunnel.listen(raw, self._certificate)
+                    await pipe.send(call)
+                    pipe = await Tunnel.listen(pipe, self._certificate)
                     peer = await prove_to_dialler(pipe, self._identity, self._certificate.fingerprint, self._config)
                 if peer is not None:
                     self._config.channel.meter.record_connection(peer, dialled=False, proof=True)
                     await self._serve(peer, pipe)
             finally:
-                await raw.close()
+                await pipe.close()
 
     async def _dial(self, spot: Spot, method: str, timeout: timedelta) -> DiallerPipe:
         """A stream to the relay, on a connection of its own: one that is slow holds no other up."""

@@ -19,8 +19,10 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
+from .nat import INSIDE, Chain, Nat
 from .net import Net
 from .profiles import Line, Pair, Profile
 
@@ -81,9 +83,9 @@ def sysctl(name: str, value: str) -> str:
 
 
 class Hosts:
-    """The namespaces, devices and counters."""
+    """The namespaces, devices and counters. Those in ``routed`` have a router, and a private address."""
 
-    def __init__(self, count: int, *, net: str, mtu: int) -> None:
+    def __init__(self, count: int, *, net: str, mtu: int, routed: Collection[int]) -> None:
         self.tuns: list[int] = []
         self.spaces: list[int] = []
         self.counters: list[int] = []
@@ -98,7 +100,8 @@ class Hosts:
             commands = (
                 "link set lo up",
                 f"link set {DEVICE} mtu {mtu} txqueuelen 5000 up",
-                f"addr add {net}.{i + 1}/24 dev {DEVICE}",
+                f"addr add {INSIDE if i in routed else f'{net}.{i + 1}'}/24 dev {DEVICE}",
+                *([f"route add default dev {DEVICE}"] if i in routed else []),
             )
             done = subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, capture_output=True)
             if done.returncode:
@@ -117,15 +120,17 @@ class Hosts:
 
 
 class Forwarder:
-    def __init__(self, hosts: Hosts, net: Net, *, network: str, control: socket.socket) -> None:
-        self.hosts, self.net, self.control = hosts, net, control
+    def __init__(
+        self, hosts: Hosts, net: Net, routers: dict[int, Chain], *, network: str, control: socket.socket
+    ) -> None:
+        self.hosts, self.net, self.routers, self.control = hosts, net, routers, control
         self.prefix = socket.inet_aton(f"{network}.0")[:3]
         self.pending = b""
         self.packets = self.late = 0
         self.cpu = time.process_time()
 
     def run(self) -> None:
-        clock, tuns, net = time.monotonic, self.hosts.tuns, self.net
+        clock, tuns, net, routers = time.monotonic, self.hosts.tuns, self.net, self.routers
         readers = {tun: i for i, tun in enumerate(tuns)}
         waited_for = [self.control.fileno(), *tuns]
         turned, spare = 0.0, 0.0
@@ -144,18 +149,22 @@ class Forwarder:
                     return
             now = clock()
             for due, j, packet in net.due(now):
+                self.packets += 1
+                if (router := routers.get(j)) is not None and (packet := router.into(now, packet)) is None:
+                    continue
                 with contextlib.suppress(OSError):  # the interface is down or has no room: lost
                     os.write(tuns[j], packet)
-                self.packets += 1
                 self.late += now - due > LATE_SECONDS
 
     def read(self, i: int, tun: int) -> None:
         """Takes in what host ``i`` sent."""
         size, prefix, last, enter = self.net.mtu, self.prefix, len(self.hosts.tuns), self.net.enter
-        now = time.monotonic()
+        now, router = time.monotonic(), self.routers.get(i)
         with contextlib.suppress(BlockingIOError):
             for _ in range(BATCH):
                 packet = os.read(tun, size)
+                if router is not None and (packet := router.out(now, packet)) is None:
+                    continue
                 if packet[16:19] == prefix and packet[0] >> 4 == 4 and 0 < packet[19] <= last:
                     enter(now, i, packet[19] - 1, len(packet), packet)
 
@@ -176,6 +185,9 @@ class Forwarder:
     def do_cut(self, host: int, cut: bool) -> None:
         self.net.hosts[host].cut = cut
 
+    def do_forget(self, host: int) -> None:
+        self.routers[host].forget()
+
     def do_count(self, host: int) -> tuple[float, int, int]:
         return time.monotonic(), *self.hosts.counted(host)
 
@@ -187,12 +199,13 @@ def main() -> None:
     control = socket.socket(fileno=0)
     with control.makefile("rb") as file:
         setup = json.loads(file.readline())
+    nats = {host: [Nat(**nat) for nat in chain] for host, chain in setup["nats"]}
     hosts, refusals = None, []
     for rootless in (True,) if setup["rootless"] else (False, True):
         try:
             if rootless:
                 enter_user_namespace()
-            hosts = Hosts(setup["hosts"], net=setup["network"], mtu=setup["mtu"])
+            hosts = Hosts(setup["hosts"], net=setup["network"], mtu=setup["mtu"], routed=nats.keys())
             break
         except Refused as error:
             refusals.append(f"{'user namespace' if rootless else 'root'}: {error}")
@@ -207,8 +220,12 @@ def main() -> None:
     net = Net(profile_from(setup["profile"]), setup["hosts"], mtu=setup["mtu"], seed=setup["seed"])
     ready = {"spaces": hosts.spaces, "congestion": hosts.congestion, "first": first, "rootless": rootless}
     control.sendall(json.dumps(ready).encode() + b"\n")
+    routers = {
+        host: Chain(chain, outside=f"{setup['network']}.{host + 1}", seed=setup["seed"] + host)
+        for host, chain in nats.items()
+    }
     gc.disable()  # nothing here is a cycle
-    Forwarder(hosts, net, network=setup["network"], control=control).run()
+    Forwarder(hosts, net, routers, network=setup["network"], control=control).run()
 
 
 def profile_from(data: dict) -> Profile:

@@ -13,11 +13,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .nat import INSIDE, Nat
 from .profiles import Line, Profile
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,8 @@ class Lab:
 
     As root, or else in a user namespace (``rootless``: in one at any rate). ``mtu``: bytes of the largest packet; small
     ones make lines of a few hundred kbit/s less coarse, 64,000 spares CPU where no rate matters. ``seed``: of loss and
-    jitter. Leaving ends every process in the hosts. Raises ``LabError``.
+    jitter. ``nats``: the routers that hosts are behind (``nat.py``), the host's own first. Leaving ends every process
+    in the hosts. Raises ``LabError``.
     """
 
     def __init__(
@@ -47,12 +49,16 @@ class Lab:
         mtu: int = MTU,
         seed: int = 0,
         rootless: bool = False,
+        nats: Mapping[int, Sequence[Nat]] | None = None,
     ) -> None:
         self.profile = lines if isinstance(lines, Profile) else Profile(name="lines", about="", lines=tuple(lines))
         self.hosts = len(self.profile.first + self.profile.lines) if hosts is None else hosts
         if not 0 < self.hosts <= 250:
             raise ValueError(f"1 to 250 hosts, not {self.hosts}")
         self.mtu, self.seed = mtu, seed
+        self.nats = {host: tuple(chain) for host, chain in (nats or {}).items() if chain}
+        if not all(0 <= host < self.hosts for host in self.nats):
+            raise ValueError(f"routers for hosts 0 to {self.hosts - 1} only, not {sorted(self.nats)}")
         self.rootless = rootless or os.geteuid() != 0
         self.how = ""
         self._processes: list[subprocess.Popen[Any]] = []
@@ -80,9 +86,10 @@ class Lab:
             )
         self._control.settimeout(START_SECONDS)
         self._answers = self._control.makefile("rb")
+        nats = [(host, [asdict(nat) for nat in chain]) for host, chain in self.nats.items()]
         setup = {"profile": profile_data(self.profile), "hosts": self.hosts, "mtu": self.mtu, "seed": self.seed}
         try:
-            ready = self._ask(**setup, network=NETWORK, rootless=self.rootless)
+            ready = self._ask(**setup, nats=nats, network=NETWORK, rootless=self.rootless)
             if "error" in ready:
                 raise LabError(ready["error"])
         except BaseException:
@@ -144,7 +151,18 @@ class Lab:
         return json.loads(answer)
 
     def address(self, host: int) -> str:
+        """By which others know it: of a host behind a router, the router's."""
         return f"{NETWORK}.{range(self.hosts)[host] + 1}"
+
+    def inside(self, host: int) -> str:
+        """What a host takes for its address."""
+        return INSIDE if host in self.nats else self.address(host)
+
+    def forget(self, host: int) -> None:
+        """The host's routers lose their mappings, as if they had been switched off and on."""
+        if host not in self.nats:
+            raise ValueError(f"host {host} is behind no router")
+        self._ask(do="forget", host=host)
 
     def popen(self, host: int, argv: Sequence[str | os.PathLike[str]], **kwargs: Any) -> subprocess.Popen[Any]:
         """``subprocess.Popen`` in a host, in a session of its own; killed if the thread that called this ends."""

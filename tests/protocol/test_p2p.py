@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from potluck.protocol import confined, grpc_transport, p2pd
+from potluck.protocol import confined, p2pd
 from potluck.protocol.errors import UnreachableError
 from potluck.protocol.identity import Identity
 from potluck.protocol.multiaddr import Places
@@ -160,7 +160,7 @@ async def test_a_relay_of_libp2p_is_found_at_once_and_passes_more_than_its_small
 
 
 async def test_a_channel_moves_from_the_relay_to_a_straight_path(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_transport, "LOOKS_SECONDS", (0.2,))
+    monkeypatch.setattr(route, "LOOKS_SECONDS", (0.2,))
     await start_relayed(rig)
     near = await dial_soon(rig)
     far = await rig.accepted.get()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from potluck.protocol import confined, grpc_transport
+from potluck.protocol import confined, route
 from potluck.protocol.errors import UnreachableError
 from potluck.protocol.identity import Identity
 from potluck.protocol.p2pd import Daemon, DaemonConfig
@@ -107,7 +107,7 @@ os.execvp("ip", ["ip", "netns", "exec", {PREFIX!r} + name, sys.executable, {conf
 """
     )
     monkeypatch.setattr(confined, "__file__", str(starter))
-    monkeypatch.setattr(grpc_transport, "LOOKS_SECONDS", (3.0,))
+    monkeypatch.setattr(route, "LOOKS_SECONDS", (3.0,))
     yield request.param
     country.close()
 

@@ -120,6 +120,7 @@ async def test_a_relay_cannot_answer_for_a_peer(rig: Rig) -> None:
         await pipe.send(b"\x91\xa0")  # "connected"
         tunnel = await Tunnel.listen(pipe, certificate)
         await prove_to_dialler(tunnel, liar, certificate.fingerprint, rig.config_b)
+        await tunnel.close()
 
     assert rig.relay
     with pytest.MonkeyPatch.context() as patch:
@@ -186,6 +187,77 @@ async def test_a_call_that_nobody_answers_ends(rig: Rig, monkeypatch: pytest.Mon
         await rig.a.dial(rig.b.peer_id, [])
     assert caught.value.code == "silent"
     assert rig.relay is not None and rig.relay.calls == 0
+
+
+async def attach_anew(rig: Rig) -> None:
+    """``b`` comes back on a new line while the relay believes in the old one, as after a restart of its router."""
+    assert rig.b._relays
+    (spot,) = rig.b._relays.spots
+
+    async def left_open(self: DiallerPipe) -> None:
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiallerPipe, "close", left_open)
+        staying = rig.b._relays._spots.pop(spot)
+        staying.cancel()
+        await asyncio.wait({staying})
+    assert rig.relay
+    before = rig.relay._attached[rig.b.peer_id]
+    rig.b.use_relays([spot], SECRET)
+    await until(lambda: rig.relay is not None and rig.relay._attached.get(rig.b.peer_id) not in (None, before))
+
+
+async def test_calls_to_a_peer_that_attaches_anew_are_called_again(rig: Rig) -> None:
+    """The relay's own line to it may be dead without a word, for as long as TCP is patient."""
+    near, far = await rig.connect()
+    await pass_frames(near, far, 2)
+    assert rig.relay and rig.relay.usage[rig.a.peer_id].calls == 1
+    await attach_anew(rig)
+    await until(lambda: rig.relay is not None and rig.relay.usage[rig.a.peer_id].calls == 2)
+    await pass_frames(near, far, 4)
+    assert rig.relay.calls == 1 and rig.errors == []
+
+
+async def test_a_call_that_fell_on_a_dead_line_is_made_again_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    await rig.start()
+    answer, heard = Relays._answer, asyncio.Event()
+
+    async def deaf(self: Relays, spot: Spot, call: bytes) -> None:
+        heard.set()
+
+    monkeypatch.setattr(Relays, "_answer", deaf)
+    dialling = asyncio.create_task(rig.a.dial(rig.b.peer_id, []))
+    await heard.wait()
+    monkeypatch.setattr(Relays, "_answer", answer)
+    await attach_anew(rig)
+    with pytest.raises(UnreachableError) as caught:
+        async with asyncio.timeout(5):  # not the ten seconds that a call waits
+            await dialling
+    assert caught.value.code == "absent"
+    near = await rig.a.dial(rig.b.peer_id, [])
+    await pass_frames(near, await rig.accepted.get(), 2)
+
+
+async def test_who_does_not_say_that_it_is_there_is_not(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("potluck.protocol.relayed.BEAT_SECONDS", 0.02)
+    monkeypatch.setattr("potluck.coordinator.relay.SILENT_SECONDS", 0.3)
+    spot = await rig.start_relay()
+    relay = rig.relay
+    assert relay
+    lively, mute = rig.transport("a", rig.config()), rig.transport("b", rig.config())
+    lively.use_relays([spot], SECRET)
+    await until(lambda: relay.attached == 1)
+    attached = relay._attached[lively.peer_id]
+
+    async def nothing(self: Relays, raw: DiallerPipe) -> None:
+        pass
+
+    monkeypatch.setattr(Relays, "_beat", nothing)
+    mute.use_relays([spot], SECRET)
+    await until(lambda: mute.peer_id in relay._attached)
+    await until(lambda: mute.peer_id not in relay._attached)
+    assert relay._attached[lively.peer_id] is attached
 
 
 async def test_a_call_that_was_not_made_is_not_answered(rig: Rig) -> None:
