@@ -25,7 +25,7 @@ COMPRESSED = (
 )  # purposes with an uncompressed counterfactual of their own
 PURPOSES = frozenset(p.value for p in Purpose)
 MOST_NBYTES = 2**62  # that the database holds, whatever a worker claims
-PATHS = ("direct", "relayed")
+PATHS = ("direct", "punched", "relayed")
 MOST_LINKS = 256  # of one peer, that are shown
 RATE_SECONDS = 20.0  # window of the shown speed
 

@@ -163,7 +163,7 @@ class Turn(ABC):
         """The peers that a member reaches through a relay; tells of those that it reaches otherwise than before."""
         others = {link.peer: link.path for link in links if link.peer in self.state.members}
         relayed = frozenset(peer for peer, path in others.items() if path == "relayed")
-        direct = frozenset(peer for peer, path in others.items() if path == "direct")
+        direct = frozenset(peer for peer, path in others.items() if path in ("direct", "punched"))
         for path, changed in (("relayed", relayed - member.relayed), ("direct", direct & member.relayed)):
             for other in sorted(changed):
                 name = self.state.members[other].name

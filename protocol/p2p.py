@@ -37,6 +37,9 @@ class StreamPipe:
     until the other side, which has read all of it by then, closes first.
     """
 
+    connections = 1
+    congestion = ""
+
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kind: PathKind) -> None:
         self.kind = kind
         self._reader, self._writer = reader, writer

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from potluck.protocol import confined, p2pd
+from potluck.protocol import confined, p2pd, route
 from potluck.protocol.errors import UnreachableError
 from potluck.protocol.identity import Identity
 from potluck.protocol.multiaddr import Places
