@@ -142,7 +142,7 @@ async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
 
     def transport(name: str, config: object) -> GrpcTransport:
         one = GrpcTransport(Identity.generate(), Certificate.generate(), config, connections=(1, 8))  # type: ignore[arg-type]
-        made._closing.append(one)
+        made.closing.append(one)
         return one
 
     monkeypatch.setattr(made, "transport", transport)
