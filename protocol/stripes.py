@@ -18,6 +18,7 @@ LEAST_LOSS = 2e-4  # of segments: below it one connection of cubic goes at 30 Mb
 FULL = 1.5  # times the shortest round trip: from here on a line is full
 GAIN = 1.2  # that a doubling must bring
 FAR = 0.5  # of the best rate that was reached: below it something is wrong, where losses cannot be seen
+TRIAL_LOOKS = 3  # that a doubling has to bring it, on average: a few frames a look are little to go by
 REST_LOOKS = 8, 200  # at a channel that sends, after a trial that did not help: the first time, and at most
 CLEAN_LOOKS = 200  # without losses, after which one connection will do again
 
@@ -38,13 +39,14 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """``before``: the rate with half as many connections, while more are on trial; ``rest``: looks without trials, and
-    ``pause`` of how many the next such rest is: one look may mislead, many in a row do not."""
+    """``before``: the rate with half as many connections, while more are on trial, and ``tried`` the rates since;
+    ``rest``: looks without trials, and ``pause`` of how many the next such rest is."""
 
     connections: int = 1
     least: int = 1
     most: int = MOST_CONNECTIONS
     before: float | None = None
+    tried: tuple[float, ...] = ()
     best: float = 0.0
     rest: int = 0
     pause: int = REST_LOOKS[0]
@@ -52,10 +54,15 @@ class Choice:
 
     def after(self, seen: Seen) -> Choice:
         """What follows from one look."""
-        now = replace(self, best=max(self.best, seen.bytes_per_second), rest=max(0, self.rest - 1), before=None)
-        if self.before is not None and seen.bytes_per_second < GAIN * self.before:
-            return now._resting(self.connections // 2)
+        now = replace(
+            self, best=max(self.best, seen.bytes_per_second), rest=max(0, self.rest - 1), before=None, tried=()
+        )
         if self.before is not None:
+            tried = (*self.tried, seen.bytes_per_second)
+            if sum(tried) < GAIN * self.before * len(tried):
+                if len(tried) < TRIAL_LOOKS:
+                    return replace(now, before=self.before, tried=tried)
+                return now._resting(self.connections // 2)
             now = replace(now, pause=REST_LOOKS[0])
         lossy = seen.by_chance or (seen.loss is None and seen.bytes_per_second < FAR * self.best)
         now = replace(now, clean=0 if seen.loss is None or seen.loss >= LEAST_LOSS else self.clean + 1)
@@ -67,7 +74,7 @@ class Choice:
 
     def failed(self, connections: int) -> Choice:
         """So many could not be opened, or they are not to be had: it stays as it was with ``connections``."""
-        return replace(self, before=None)._resting(connections)
+        return replace(self, before=None, tried=())._resting(connections)
 
     def _resting(self, connections: int) -> Choice:
         pause = min(4 * self.pause, REST_LOOKS[1])

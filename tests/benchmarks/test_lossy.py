@@ -32,14 +32,17 @@ async def test_the_sender_sends_and_tells_its_path(capsys: pytest.CaptureFixture
     far = GrpcTransport(Identity.generate(), Certificate.generate(), TransportConfig(run="lossy"))
     (address,) = await far.listen(got.put_nowait)
     sending = asyncio.create_task(send(far.peer_id, address, Mode((2, 2), False, 0.2)))
-    channel = await got.get()
-    first = await channel.recv()
-    assert len(first.payload) == first.header.nbytes == 1 << 20
-    reading = asyncio.create_task(drain(channel))
-    await sending
-    reading.cancel()
+    try:
+        channel = await got.get()
+        first = await channel.recv()
+        assert len(first.payload) == first.header.nbytes == 1 << 20
+        reading = asyncio.create_task(drain(channel))
+        await sending
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+    finally:
+        await far.close()
     assert '"connections": 2' in capsys.readouterr().out
-    await far.close()
 
 
 async def drain(channel: Channel) -> None:

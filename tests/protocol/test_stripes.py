@@ -19,7 +19,7 @@ from potluck.protocol.grpc_transport import GrpcTransport
 from potluck.protocol.identity import Identity
 from potluck.protocol.sockets import Losses, Sent
 from potluck.protocol.striped import Gathering
-from potluck.protocol.stripes import CLEAN_LOOKS, FAR, FULL, GAIN, LEAST_LOSS, REST_LOOKS, Choice, Seen
+from potluck.protocol.stripes import CLEAN_LOOKS, FAR, FULL, GAIN, LEAST_LOSS, REST_LOOKS, TRIAL_LOOKS, Choice, Seen
 from potluck.protocol.tls import Certificate
 
 from .conftest import Rig, until
@@ -63,12 +63,14 @@ def test_it_doubles_as_long_as_that_helps_and_is_allowed() -> None:
 def test_it_goes_back_if_it_did_not_help_and_rests() -> None:
     loss, rate = 0.01, 10.0
     less, enough = rate * GAIN - 0.01, rate * GAIN
-    assert follow(Choice(), (rate, loss), (less, loss)) == [2, 1]
+    assert follow(Choice(), (rate, loss), *[(less, loss)] * TRIAL_LOOKS) == [*[2] * TRIAL_LOOKS, 1]
     assert follow(Choice(), (rate, loss), (enough, loss)) == [2, 4]
+    late = [(less, loss)] * (TRIAL_LOOKS - 1) + [(TRIAL_LOOKS * rate, loss)]
+    assert follow(Choice(), (rate, loss), *late) == [*[2] * TRIAL_LOOKS, 4]  # the first looks mislead
     first, most = REST_LOOKS
     looks = [(rate, loss)] * (first + 4 * first + 16 * first + 2 * most + 10)
     tried = [i for i, connections in enumerate(follow(Choice(), *looks)) if connections == 2]
-    pauses = [b - a - 1 for a, b in itertools.pairwise(tried)]
+    pauses = [b - a - 1 for a, b in itertools.pairwise(tried) if b > a + 1]
     assert pauses[:4] == [first, 4 * first, 16 * first, most]  # longer from time to time
     helped = Choice(pause=most, connections=2, before=1.0).after(Seen(2.0, 0.0))
     assert helped.pause == first
@@ -89,7 +91,7 @@ def test_after_a_clean_while_one_will_do_again() -> None:
 def test_where_losses_cannot_be_seen_a_rate_far_below_the_best_is_a_reason() -> None:
     assert follow(Choice(), (10, None), (10 * FAR, None), (10 * FAR - 0.1, None)) == [1, 1, 2]
     assert follow(Choice(), *[(0.1, None)] * 5) == [1] * 5
-    assert follow(Choice(), (10, None), (1, None), (1, None)) == [1, 2, 1]
+    assert follow(Choice(), (10, None), (1, None), *[(1, None)] * TRIAL_LOOKS) == [1, *[2] * TRIAL_LOOKS, 1]
 
 
 def test_what_failed_rests() -> None:
