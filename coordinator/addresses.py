@@ -12,12 +12,13 @@ import ipaddress
 import os
 from collections.abc import Iterable
 from datetime import timedelta
+from urllib.parse import unquote
 
 import grpc
 
 from ..protocol.errors import PotluckError, UnreachableError
 from ..protocol.grpc_transport import confirm
-from ..protocol.tls import split_address
+from ..protocol.tls import join_address, split_address
 
 LEAST_PORT = 1024
 PATIENCE = timedelta(seconds=3)
@@ -46,6 +47,19 @@ def is_acceptable(address: str, *, lan: bool) -> bool:
     if ip.is_multicast or ip.is_unspecified or reserved or port < LEAST_PORT:
         return False
     return ip.is_global or (lan and (ip.is_private or ip.is_loopback))
+
+
+def seen_from(source: str, addresses: Iterable[str]) -> tuple[str, ...]:
+    """Where a peer may be that names ``addresses`` and whose stream comes from ``source`` (gRPC's ``ipv4:HOST:PORT``):
+    behind a router that passes one of its ports on, it does not know its own address."""
+    kind, _, place = unquote(source).partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return ()
+    try:
+        host, _ = split_address(place)
+        return tuple(join_address(host, split_address(address)[1]) for address in addresses)
+    except UnreachableError:
+        return ()
 
 
 async def confirmed(addresses: Iterable[str], public_key: bytes, run: str, *, lan: bool) -> tuple[str, ...]:

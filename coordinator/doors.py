@@ -24,7 +24,7 @@ from ..protocol.hello import BLOB, PROTOCOL, STREAM, UPLOAD, secret_proof, signe
 from ..protocol.identity import peer_id_of, verify
 from ..protocol.multiaddr import ANYWHERE, encode_id
 from ..protocol.plan import Plan, SavePoint
-from .addresses import confirmed
+from .addresses import confirmed, seen_from
 from .hub import Hub, Line
 from .publish import Publisher, unwritten
 from .state import Member, Unpublished
@@ -96,7 +96,7 @@ class Doors:
             return
         except (TimeoutError, DecodeError):
             return
-        found = await self.reached(first.hello, member)
+        found = await self.reached(first.hello, member, context.peer())
         # An id says nothing of where: nobody can point others at a third machine with it.
         anywhere = (ANYWHERE + first.hello.p2p,) if first.hello.p2p and self.welcome.p2p_relays else ()
         member = replace(member, addresses=found + anywhere)
@@ -182,11 +182,13 @@ class Doors:
             savepoints=frozenset(SavePoint.from_proto(s) for s in hello.savepoints),
         )
 
-    async def reached(self, hello: pb.Hello, member: Member) -> tuple[str, ...]:
-        """Where others can dial a worker: tried once for each session, as long as it names the same."""
+    async def reached(self, hello: pb.Hello, member: Member, source: str) -> tuple[str, ...]:
+        """Where others can dial a worker, of what it names and where its stream comes from: tried once for each
+        session, as long as it names the same."""
         known = self._reached.get(member.session)
         if known is None or known[0] != member.addresses:
-            found = await confirmed(member.addresses, hello.public_key, self.run_id, lan=self.lan)
+            named = (*member.addresses, *seen_from(source, member.addresses))
+            found = await confirmed(named, hello.public_key, self.run_id, lan=self.lan)
             known = self._reached[member.session] = member.addresses, found
             while len(self._reached) > MAX_LINES:
                 self._reached.pop(next(iter(self._reached)))

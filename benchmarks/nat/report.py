@@ -99,8 +99,8 @@ Every worker's line: `{line}` ({PROFILES[line].about}); the relay's host has one
 same round trip. Share: frames' bytes of {found["seconds"]:g} s, after {WARM_SECONDS:g} s, over the uplink's rate, which
 counts headers too; frames of {FRAME_NBYTES >> 10} KiB, at most {WINDOW_NBYTES >> 20} MiB unacknowledged. Workers named
 the addresses that they have; the others were told of those at which they answered the coordinator
-(`coordinator/addresses.py`). There is no hole punching: whoever has a router is reached through a relay, whoever has a
-public address directly.
+(`coordinator/addresses.py`). Without libp2p there is no hole punching: whoever has a router is reached through a relay,
+whoever has a public address directly.
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from potluck.coordinator.addresses import confirmed, is_acceptable, is_local
+from potluck.coordinator.addresses import confirmed, is_acceptable, is_local, seen_from
 from potluck.protocol.grpc_transport import GrpcTransport
 from potluck.protocol.identity import Identity
 from potluck.protocol.tls import Certificate
@@ -48,6 +48,33 @@ def test_a_mapped_address_is_what_it_maps_to() -> None:
 def test_what_is_local() -> None:
     assert all(map(is_local, ("127.0.0.1", "192.168.0.3", "localhost", "::1")))
     assert not any(map(is_local, ("8.8.8.8", "potluck.example.org", "0.0.0.0")))
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("ipv4:203.0.113.9:40000", ("203.0.113.9:7001", "203.0.113.9:7002")),
+        ("ipv6:%5B2001:db8::9%5D:40000", ("[2001:db8::9]:7001", "[2001:db8::9]:7002")),
+        ("ipv6:[2001:db8::9]:40000", ("[2001:db8::9]:7001", "[2001:db8::9]:7002")),
+        *((source, ()) for source in ("unix:/tmp/x", "ipv4:", "ipv4:nonsense", "", "ipv4:1.2.3.4:0")),
+    ],
+)
+def test_who_comes_through_a_router_may_be_reached_at_it(source: str, found: tuple[str, ...]) -> None:
+    assert seen_from(source, ("192.168.1.2:7001", "10.0.0.2:7002")) == found
+
+
+async def test_a_port_that_a_router_passes_on_is_found() -> None:
+    """The worker names an address at home; the router, here loopback itself, passes its port on."""
+    here = Identity.generate()
+    transport = GrpcTransport(here, Certificate.generate(), TransportConfig(run="r"))
+    try:
+        (address,) = await transport.listen(lambda channel: None)
+        named = ("192.0.2.7:" + address.rpartition(":")[2],)
+        assert await confirmed(named, here.public_bytes, "r", lan=True) == ()
+        wider = (*named, *seen_from("ipv4:127.0.0.1:50000", named))
+        assert await confirmed(wider, here.public_bytes, "r", lan=True) == (address,)
+    finally:
+        await transport.close()
 
 
 async def test_others_are_told_only_where_the_peer_itself_answers() -> None:
