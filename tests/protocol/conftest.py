@@ -15,6 +15,7 @@ import pytest
 from potluck.coordinator.relay import Relay
 from potluck.protocol.channel import Channel
 from potluck.protocol.errors import WireError
+from potluck.protocol.frames import Frame, Kind, TensorSpec, make_frame
 from potluck.protocol.grpc_transport import GrpcTransport
 from potluck.protocol.identity import Identity
 from potluck.protocol.memory import MemoryNetwork
@@ -31,6 +32,24 @@ TCP = DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",))
 needs_hivemind = pytest.mark.skipif(
     importlib.util.find_spec("hivemind") is None, reason='hivemind is not installed: pip install -e ".[p2p]"'
 )
+
+
+def frame_of(payload: bytes, microbatch: int, dense_nbytes: int = 0) -> Frame:
+    """An activation, whatever is in it."""
+    return make_frame(
+        payload,
+        kind=Kind.ACTIVATION,
+        run=b"testrun.",
+        generation=1,
+        step=2,
+        stage=1,
+        microbatch=microbatch,
+        part=0,
+        attempt=0,
+        tensors=(TensorSpec(codec="tile4", shape=(len(payload),), nbytes=len(payload)),),
+        targets=0,
+        dense_nbytes=dense_nbytes,
+    )
 
 
 class Proxy:

@@ -12,7 +12,7 @@ from potluck.coordinator.relay import Relay
 from potluck.protocol import route
 from potluck.protocol.channel import Channel
 from potluck.protocol.errors import ConfigError, UnreachableError
-from potluck.protocol.frames import Frame, Kind, TensorSpec, make_frame
+from potluck.protocol.frames import Frame
 from potluck.protocol.grpc_pipes import DiallerPipe
 from potluck.protocol.grpc_transport import GrpcTransport
 from potluck.protocol.handshake import prove_to_dialler
@@ -23,7 +23,7 @@ from potluck.protocol.relayed import Relays
 from potluck.protocol.tls import Certificate, dial_pinned, start_server
 from potluck.protocol.tunnel import Tunnel
 
-from .conftest import SECRET, Rig, until
+from .conftest import SECRET, Rig, frame_of, until
 
 pytestmark = pytest.mark.timeout(60)
 MARKER = b"a plum and nothing but a plum; "
@@ -31,20 +31,7 @@ MARKER = b"a plum and nothing but a plum; "
 
 def frame(index: int, nbytes: int = 400_000) -> Frame:
     payload = (MARKER * (nbytes // len(MARKER) + 1))[:nbytes]
-    return make_frame(
-        payload,
-        kind=Kind.ACTIVATION,
-        run=b"testrun.",
-        generation=1,
-        step=2,
-        stage=1,
-        microbatch=index,
-        part=0,
-        attempt=0,
-        tensors=(TensorSpec(codec="tile4", shape=(nbytes,), nbytes=nbytes),),
-        targets=0,
-        dense_nbytes=0,
-    )
+    return frame_of(payload, index)
 
 
 async def pass_frames(near: Channel, far: Channel, count: int) -> None:

@@ -13,11 +13,13 @@ import pytest
 
 from potluck.protocol.channel import Channel
 from potluck.protocol.errors import PotluckError, UnreachableError, WireError
-from potluck.protocol.frames import MESSAGE_NBYTES, Frame, Header, Kind, Purpose, TensorSpec, make_frame
+from potluck.protocol.frames import MESSAGE_NBYTES, Frame, Header, Purpose
 from potluck.protocol.grpc_transport import METHOD, SERVICE
 from potluck.protocol.identity import Identity
 from potluck.protocol.tls import Certificate, fetch_certificate, pinned_channel, split_address, start_server
 from potluck.protocol.transport import TransportConfig
+
+from .conftest import frame_of
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -27,20 +29,7 @@ MIB = 1 << 20
 
 def frame(index: int, nbytes: int = 100) -> Frame:
     payload = index.to_bytes(4, "big") * (nbytes // 4) + b"." * (nbytes % 4)
-    return make_frame(
-        payload,
-        kind=Kind.ACTIVATION,
-        run=b"testrun.",
-        generation=1,
-        step=2,
-        stage=1,
-        microbatch=index,
-        part=0,
-        attempt=0,
-        tensors=(TensorSpec(codec="tile4", shape=(nbytes,), nbytes=nbytes),),
-        targets=0,
-        dense_nbytes=4 * nbytes,
-    )
+    return frame_of(payload, index, dense_nbytes=4 * nbytes)
 
 
 async def receive(channel: Channel, count: int) -> list[int]:
