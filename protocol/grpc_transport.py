@@ -8,6 +8,7 @@ dials again, whichever way then leads there. Frames are kept until acknowledged,
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -105,8 +106,14 @@ class GrpcTransport:
             CONFIRM: grpc.unary_unary_rpc_method_handler(answer),
         }
         handler = grpc.method_handlers_generic_handler(SERVICE, methods)
-        self._server, port = await start_server(self._host, self._port, [handler], self._certificate)
-        return [join_address(_dialable(self._host), port)]
+        try:
+            self._server, port = await start_server(self._host, self._port, [handler], self._certificate)
+        except UnreachableError:
+            if self._host != "::":
+                raise
+            self._host = "0.0.0.0"  # IPv6 is switched off here
+            self._server, port = await start_server(self._host, self._port, [handler], self._certificate)
+        return [join_address(host, port) for host in dialable(self._host)]
 
     def use_relays(self, spots: Iterable[Spot], secret: str) -> None:
         """From now on peers can call through these relays, and are called through them where nothing else leads."""
@@ -251,15 +258,22 @@ def _confirmation(nonce: bytes, fingerprint: str, run: str) -> bytes:
     return transcript(b"potluck address 1", nonce, fingerprint.encode(), run.encode())
 
 
-def _dialable(host: str) -> str:
-    """The address to dial for a server bound to ``host``: for a wildcard, that of the way out."""
+def dialable(host: str) -> list[str]:
+    """The addresses to dial for a server bound to ``host``: for a wildcard, those of the ways out, IPv6 first."""
     if host not in ("0.0.0.0", "::"):
-        return host
-    v6 = host == "::"
-    with socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
+        return [host]
+    found = [_way_out(socket.AF_INET6, "2001:db8::1")] if host == "::" else []
+    found.append(_way_out(socket.AF_INET, "192.0.2.1"))
+    return [address for address in found if address] or ["::1" if host == "::" else "127.0.0.1"]
+
+
+def _way_out(family: socket.AddressFamily, target: str) -> str:
+    """This machine's address on the way to ``target``; empty if there is none that others can dial."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             # Connecting a datagram socket sends nothing; the addresses are reserved for documentation.
-            probe.connect(("2001:db8::1" if v6 else "192.0.2.1", 9))
-        except OSError:
-            return "::1" if v6 else "127.0.0.1"
-        return str(probe.getsockname()[0])
+            probe.connect((target, 9))
+            address = str(probe.getsockname()[0])
+    except OSError:
+        return ""
+    return "" if ipaddress.ip_address(address).is_link_local else address

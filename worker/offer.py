@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class WorkerConfig:
         return replace(
             self,
             name=self.name or f"worker-{identity.peer_id[:6]}",
-            host=self.host or ("127.0.0.1" if is_loopback(split_address(ticket.url)[0]) else "0.0.0.0"),
+            host=self.host or ("127.0.0.1" if is_loopback(split_address(ticket.url)[0]) else everywhere()),
             memory_gb=self.memory_gb or psutil.virtual_memory().total / 2e9,
             threads=self.threads or max(1, (os.cpu_count() or 2) // 2),
         )
@@ -64,6 +65,11 @@ class WorkerConfig:
             addresses=tuple(addresses),
             p2p=p2p,
         )
+
+
+def everywhere() -> str:
+    """The wildcard to listen on: of IPv6 and IPv4 where one socket can do both."""
+    return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
 
 
 def is_loopback(host: str) -> bool:
