@@ -174,9 +174,31 @@ class Oracle:
         known = [s for s in givers if s.g.shape == holder.g.shape]
         if m is None:
             self.moments_lost = True
-        elif not any(same(s.m, m) and same(s.v, v) and s.updates == updates for s in known):
+        elif not any(same(s.m, m) and same(s.v, v) and s.updates == updates for s in known) and not self._is_of_pieces(
+            seat, replace(holder, m=m, v=v)
+        ):
             self.problems.append(f"{seat.peer[:8]} starts with moments that nobody had")
         return replace(holder.shared(), m=m, v=v, updates=updates)
+
+    def _is_of_pieces(self, seat: Seat, given: State) -> bool:
+        """Whether each part's moments are somebody's: who had got ready for one of the old stages has its weights as of
+        the last round, and its moments as of an earlier one."""
+        kind, generation, step = seat.begin["origin"]
+        shape = Shape.of(self.config.model, self.manifest.vocab_size)
+        first, last = seat.layers
+        states = list(self.points.values())
+        spans = {
+            (a, b)
+            for k, g, at, (a, b) in [(k, g, at, layers) for _, k, g, at, layers in self.points]
+            if (k, g, at) == (kind, generation, step) and a < last and first < b
+        }
+        for span in spans:
+            layers = max(span[0], first), min(span[1], last)
+            wanted = divided([given], layers, shape)
+            had = [divided([s], layers, shape) for s in states if (s.point.first_layer, s.point.last_layer) == span]
+            if not any(same(s.m, wanted.m) and same(s.v, wanted.v) for s in had):
+                return False
+        return bool(spans)
 
     def _state(self, seat: Seat, stage: Stage) -> State:
         first, last = seat.layers
