@@ -7,9 +7,10 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from ..protocol.own_address import advertised
 from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
-from ..protocol.tls import Certificate, advertised, start_server
+from ..protocol.tls import Certificate, start_server
 from .relay import Relay
 
 REPORT_SECONDS = 60.0

@@ -22,10 +22,11 @@ from ..protocol.errors import ConfigError, IdentityError, StateError
 from ..protocol.identity import lock
 from ..protocol.manifest import TOKENS_FILE, Manifest
 from ..protocol.multiaddr import check_relay
+from ..protocol.own_address import advertised
 from ..protocol.plan import Shape
 from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
-from ..protocol.tls import Certificate, advertised, join_address, split_address, start_server
+from ..protocol.tls import Certificate, join_address, split_address, start_server
 from . import corpus, web
 from .addresses import is_local
 from .assignment import StageNeed

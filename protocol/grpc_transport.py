@@ -8,9 +8,7 @@ dials again, whichever way then leads there. Frames are kept until acknowledged,
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -21,9 +19,10 @@ import grpc
 from .channel import Channel
 from .errors import UnreachableError, WireError
 from .grpc_pipes import CLOSE_SECONDS, DiallerPipe, ListenerPipe
-from .handshake import prove_to_dialler, prove_to_listener, transcript
+from .handshake import prove_to_dialler, prove_to_listener, proving, transcript
 from .identity import Identity, verify
 from .multiaddr import is_multiaddr
+from .own_address import EVERYWHERE, EVERYWHERE_V4, dialable
 from .p2p import Libp2p
 from .p2pd import DaemonConfig
 from .paths import HEAD_START_SECONDS, STAGGER_SECONDS, Way
@@ -109,9 +108,9 @@ class GrpcTransport:
         try:
             self._server, port = await start_server(self._host, self._port, [handler], self._certificate)
         except UnreachableError:
-            if self._host != "::":
+            if self._host != EVERYWHERE:
                 raise
-            self._host = "0.0.0.0"  # IPv6 is switched off here
+            self._host = EVERYWHERE_V4  # IPv6 is switched off here
             self._server, port = await start_server(self._host, self._port, [handler], self._certificate)
         return [join_address(host, port) for host in dialable(self._host)]
 
@@ -210,17 +209,8 @@ class GrpcTransport:
         # Here, for one that is turned away costs as much.
         self._config.channel.meter.record_connection(peer_id, dialled=True, proof=True)
         pipe = DiallerPipe(pinned_channel(join_address(host, port), der), f"/{SERVICE}/{METHOD}", address, der)
-        try:
-            async with asyncio.timeout(timeout.total_seconds()):
-                await prove_to_listener(pipe, self._identity, peer_id, fingerprint_of(der), self._config.run)
-        except (WireError, TimeoutError):
-            await pipe.close()
-            raise UnreachableError(
-                f"what answers at {address} is not a peer", hint="check the address", code="identity"
-            ) from None
-        except BaseException:
-            await pipe.close()
-            raise
+        async with proving(pipe, f"at {address}", timeout):
+            await prove_to_listener(pipe, self._identity, peer_id, fingerprint_of(der), self._config.run)
         return pipe
 
     async def close(self) -> None:
@@ -256,24 +246,3 @@ async def confirm(address: str, public_key: bytes, nonce: bytes, run: str, timeo
 
 def _confirmation(nonce: bytes, fingerprint: str, run: str) -> bytes:
     return transcript(b"potluck address 1", nonce, fingerprint.encode(), run.encode())
-
-
-def dialable(host: str) -> list[str]:
-    """The addresses to dial for a server bound to ``host``: for a wildcard, those of the ways out, IPv6 first."""
-    if host not in ("0.0.0.0", "::"):
-        return [host]
-    found = [_way_out(socket.AF_INET6, "2001:db8::1")] if host == "::" else []
-    found.append(_way_out(socket.AF_INET, "192.0.2.1"))
-    return [address for address in found if address] or ["::1" if host == "::" else "127.0.0.1"]
-
-
-def _way_out(family: socket.AddressFamily, target: str) -> str:
-    """This machine's address on the way to ``target``; empty if there is none that others can dial."""
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            # Connecting a datagram socket sends nothing; the addresses are reserved for documentation.
-            probe.connect((target, 9))
-            address = str(probe.getsockname()[0])
-    except OSError:
-        return ""
-    return "" if ipaddress.ip_address(address).is_link_local else address

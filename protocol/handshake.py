@@ -7,7 +7,11 @@ name. Somebody in the middle has a certificate of his own, so neither signature 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -60,6 +64,22 @@ def decode(data: bytes, type_: type[_T]) -> _T:
         return msgspec.msgpack.decode(data, type=type_)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise WireError(f"the handshake is not valid: {one_line(str(error))}") from None
+
+
+@asynccontextmanager
+async def proving(pipe: Pipe, where: str, timeout: timedelta) -> AsyncIterator[None]:
+    """Closes a pipe whose other end does not prove itself in time, as ``UnreachableError`` with code ``identity``."""
+    try:
+        async with asyncio.timeout(timeout.total_seconds()):
+            yield
+    except (WireError, TimeoutError):
+        await pipe.close()
+        raise UnreachableError(
+            f"what answers {where} is not a peer", hint="check the address", code="identity"
+        ) from None
+    except BaseException:
+        await pipe.close()
+        raise
 
 
 async def prove_to_listener(pipe: Pipe, identity: Identity, peer_id: str, fingerprint: str, run: str) -> None:

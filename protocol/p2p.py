@@ -11,9 +11,9 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 
-from .errors import PotluckError, UnreachableError, WireError
+from .errors import PotluckError, UnreachableError
 from .frames import MESSAGE_NBYTES
-from .handshake import prove_to_dialler, prove_to_listener
+from .handshake import prove_to_dialler, prove_to_listener, proving
 from .identity import Identity
 from .multiaddr import Places
 from .p2pd import Daemon, DaemonConfig, Stream
@@ -106,23 +106,12 @@ class Libp2p:
         places = Places.of(addresses, self.daemon.config.relays)
         stream = await self.daemon.open(places, timeout)
         pipe = StreamPipe(stream.reader, stream.writer, kind_of(stream))
-        try:
+        async with proving(pipe, f"as {places.peer[-8:]} over libp2p", timeout):
             if direct and stream.relayed:
                 raise UnreachableError(f"there is no direct path to {peer_id} yet")
             self._config.channel.meter.record_connection(peer_id, dialled=True, proof=True)
-            async with asyncio.timeout(timeout.total_seconds()):
-                bound = binding(self.daemon.peer, places.peer)
-                await prove_to_listener(pipe, self._identity, peer_id, bound, self._config.run)
-        except (WireError, TimeoutError):
-            await pipe.close()
-            raise UnreachableError(
-                f"what answers as {places.peer[-8:]} over libp2p is not a peer",
-                hint="check the address",
-                code="identity",
-            ) from None
-        except BaseException:
-            await pipe.close()
-            raise
+            bound = binding(self.daemon.peer, places.peer)
+            await prove_to_listener(pipe, self._identity, peer_id, bound, self._config.run)
         return pipe
 
     async def close(self) -> None:

@@ -29,6 +29,7 @@ from .errors import PotluckError, UnreachableError
 from .frames import one_line
 from .identity import Identity
 from .multiaddr import Places, encode, id_of, is_relayed
+from .own_address import EVERYWHERE, EVERYWHERE_V4
 
 log = logging.getLogger(__name__)
 START_SECONDS = 20.0  # it takes 0.3-1.7 on a small machine
@@ -255,9 +256,10 @@ def preload() -> None:
 
 
 def listen_at(host: str) -> tuple[str, ...]:
-    """Any free ports of an address of this machine, over TCP and over QUIC."""
-    there = f"/ip{6 if ':' in host else 4}/{host}"
-    return f"{there}/tcp/0", f"{there}/udp/0/quic-v1"
+    """Any free ports of an address of this machine, over TCP and over QUIC. To the daemon, ``::`` is IPv6 alone."""
+    hosts = (EVERYWHERE_V4, EVERYWHERE) if host == EVERYWHERE else (host,)
+    places = [f"/ip{6 if ':' in each else 4}/{each}" for each in hosts]
+    return tuple(f"{place}/{way}" for place in places for way in ("tcp/0", "udp/0/quic-v1"))
 
 
 def with_port(address: str, found: Sequence[str]) -> str:

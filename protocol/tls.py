@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
 import hashlib
-import ipaddress
 import os
 import re
-import socket
 import ssl
 import tempfile
 from collections.abc import Sequence
@@ -224,21 +221,3 @@ async def start_server(
         )
     await server.start()
     return server, bound
-
-
-def advertised(advertise: str, host: str, port: int) -> str:
-    """What workers dial: the configured name, or this machine's address on its network."""
-    if advertise:
-        name, _, own_port = advertise.rpartition(":")
-        return advertise if name and own_port.isdigit() else f"{advertise}:{port}"
-    with contextlib.suppress(ValueError):
-        if not ipaddress.ip_address(host).is_unspecified:
-            return join_address(host, port)
-    if host not in ("", "0.0.0.0", "::"):
-        return join_address(host, port)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: asks the routing table which address it would use
-            return join_address(probe.getsockname()[0], port)
-        except OSError:
-            return join_address("127.0.0.1", port)

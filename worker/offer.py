@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from ..protocol.identity import Identity
+from ..protocol.own_address import everywhere
 from ..protocol.ticket import Ticket
 from ..protocol.tls import split_address
 
@@ -65,11 +65,6 @@ class WorkerConfig:
             addresses=tuple(addresses),
             p2p=p2p,
         )
-
-
-def everywhere() -> str:
-    """The wildcard to listen on: of IPv6 and IPv4 where one socket can do both."""
-    return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
 
 
 def is_loopback(host: str) -> bool:

@@ -94,15 +94,8 @@ class Session:
             if welcome.p2p_relays and is_installed():
                 await asyncio.to_thread(preload)  # before other threads import anything: two at a time can go wrong
             p2p = asyncio.create_task(self.use_p2p(transport, welcome))
-            if addresses and not welcome.addresses:
-                how = (
-                    "through a relay"
-                    if welcome.relays
-                    else "through a relay of libp2p"
-                    if welcome.p2p_relays and is_installed()
-                    else "nobody: this machine cannot be dialled, and the run has no relay"
-                )
-                self.say(f"other workers reach this one {how}")
+            if not welcome.addresses:
+                self.say(not_dialled(welcome))
             engine = self.engine(welcome)
             await asyncio.to_thread(warm, engine.config.run)
             thread = threading.Thread(target=compute, args=(engine, computed), name="engine", daemon=True)
@@ -269,6 +262,15 @@ class Coordinator:
                 if going.done() or not is_wanted():
                     going.cancel()
                     raise UnreachableError("the upload is not wanted any more") from None
+
+
+def not_dialled(welcome: pb.Welcome) -> str:
+    """How others reach a worker that they cannot dial, in one line."""
+    if welcome.relays:
+        return "other workers reach this one through a relay"
+    if welcome.p2p_relays and is_installed():
+        return "other workers reach this one through a relay of libp2p"
+    return "no other worker can reach this one: it cannot be dialled, and the run has no relay"
 
 
 def farewell(view: View) -> str:

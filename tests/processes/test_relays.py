@@ -43,4 +43,6 @@ def test_without_a_relay_it_is_said_who_cannot_be_reached(network: Any) -> None:
     network.coordinator()
     anna = network.worker("anna")
     network.event("anna joined")
-    network.until(lambda s: "this machine cannot be dialled, and the run has no relay" in anna.output)
+    network.until(
+        lambda s: "no other worker can reach this one: it cannot be dialled, and the run has no relay" in anna.output
+    )

@@ -34,11 +34,17 @@ needs_hivemind = pytest.mark.skipif(
 )
 
 
-def frame_of(payload: bytes, microbatch: int, dense_nbytes: int = 0) -> Frame:
-    """An activation, whatever is in it."""
+def frame_of(
+    payload: bytes,
+    microbatch: int,
+    dense_nbytes: int = 0,
+    kind: Kind = Kind.ACTIVATION,
+    tensors: tuple[TensorSpec, ...] = (),
+) -> Frame:
+    """A frame, whatever is in it: one tensor, if no others are named."""
     return make_frame(
         payload,
-        kind=Kind.ACTIVATION,
+        kind=kind,
         run=b"testrun.",
         generation=1,
         step=2,
@@ -46,7 +52,7 @@ def frame_of(payload: bytes, microbatch: int, dense_nbytes: int = 0) -> Frame:
         microbatch=microbatch,
         part=0,
         attempt=0,
-        tensors=(TensorSpec(codec="tile4", shape=(len(payload),), nbytes=len(payload)),),
+        tensors=tensors or (TensorSpec(codec="tile4", shape=(len(payload),), nbytes=len(payload)),),
         targets=0,
         dense_nbytes=dense_nbytes,
     )

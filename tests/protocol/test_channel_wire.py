@@ -29,30 +29,18 @@ from potluck.protocol.frames import (
     encode_header,
     encode_message,
     frame_messages,
-    make_frame,
     parse_message,
 )
 from potluck.protocol.memory import MemoryPipe
 from potluck.protocol.pipe import ChannelConfig, Pipe
 
+from .conftest import frame_of
+
 pytestmark = pytest.mark.timeout(30)
 
 
 def frame(index: int, payload: bytes = b"soup") -> Frame:
-    return make_frame(
-        payload,
-        kind=Kind.SHARD,
-        run=b"testrun.",
-        generation=1,
-        step=2,
-        stage=0,
-        microbatch=index,
-        part=0,
-        attempt=0,
-        tensors=(TensorSpec(codec="mask4", shape=(len(payload),), nbytes=len(payload)),),
-        targets=0,
-        dense_nbytes=0,
-    )
+    return frame_of(payload, index, kind=Kind.SHARD)
 
 
 def messages(sequence: int, of: Frame, header: Header | None = None) -> list[bytes]:

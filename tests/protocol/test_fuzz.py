@@ -48,26 +48,16 @@ from potluck.protocol.plan import Lost, Plan, Replica, StagePlan
 from potluck.protocol.ticket import PREFIX, Ticket, _checksum
 from potluck.protocol.transport import Channels, TransportConfig
 
+from .conftest import frame_of
+
 pytestmark = pytest.mark.timeout(60)
 SLACK = 32 * 1024  # bytes that a parser may need whatever comes, errors with their texts included
 
 
 def frame(index: int, nbytes: int, tensors: int = 1) -> Frame:
     sizes = [nbytes, *([0] * (tensors - 1))]
-    return make_frame(
-        bytes([index % 251]) * nbytes,
-        kind=Kind.SHARD,
-        run=b"testrun.",
-        generation=1,
-        step=2,
-        stage=0,
-        microbatch=index,
-        part=0,
-        attempt=0,
-        tensors=tuple(TensorSpec(codec="mask4", shape=(size, 1, 2, 3), nbytes=size) for size in sizes),
-        targets=0,
-        dense_nbytes=0,
-    )
+    specs = tuple(TensorSpec(codec="mask4", shape=(size, 1, 2, 3), nbytes=size) for size in sizes)
+    return frame_of(bytes([index % 251]) * nbytes, index, kind=Kind.SHARD, tensors=specs)
 
 
 def messages(sequence: int, of: Frame) -> list[bytes]:

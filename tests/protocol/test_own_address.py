@@ -8,11 +8,13 @@ import socket
 
 import pytest
 
-from potluck.protocol import grpc_transport
+from potluck.protocol import grpc_transport, own_address
 from potluck.protocol.channel import Channel
 from potluck.protocol.errors import UnreachableError
-from potluck.protocol.grpc_transport import GrpcTransport, dialable
+from potluck.protocol.grpc_transport import GrpcTransport
 from potluck.protocol.identity import Identity
+from potluck.protocol.own_address import advertised, dialable
+from potluck.protocol.p2pd import listen_at
 from potluck.protocol.tls import Certificate, split_address
 from potluck.protocol.transport import TransportConfig
 
@@ -25,12 +27,22 @@ def made(host: str) -> GrpcTransport:
 
 
 def test_a_wildcard_is_the_addresses_of_the_ways_out_ipv6_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_transport, "_way_out", lambda family, target: WAYS[family])
+    monkeypatch.setattr(own_address, "way_out", lambda family, target: WAYS[family])
     assert dialable("::") == ["2001:db8::7", "198.51.100.7"]
     assert dialable("0.0.0.0") == ["198.51.100.7"]
     assert dialable("192.0.2.9") == ["192.0.2.9"]
-    monkeypatch.setattr(grpc_transport, "_way_out", lambda family, target: "")
+    assert [advertised("", host, 7) for host in ("", "::", "0.0.0.0")] == ["198.51.100.7:7"] * 3
+    assert advertised("", "::1", 7) == "[::1]:7"
+    assert [advertised(name, "::", 7) for name in ("a.example", "a.example:9")] == ["a.example:7", "a.example:9"]
+    monkeypatch.setattr(own_address, "way_out", lambda family, target: "")
     assert (dialable("::"), dialable("0.0.0.0")) == (["::1"], ["127.0.0.1"])
+
+
+def test_the_wildcard_of_both_kinds_is_two_to_the_daemon() -> None:
+    both = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1", "/ip6/::/tcp/0", "/ip6/::/udp/0/quic-v1")
+    assert listen_at("::") == both
+    assert listen_at("0.0.0.0") == both[:2]
+    assert listen_at("::1") == ("/ip6/::1/tcp/0", "/ip6/::1/udp/0/quic-v1")
 
 
 def test_an_address_that_leads_to_the_next_machine_only_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +57,7 @@ def test_an_address_that_leads_to_the_next_machine_only_is_none(monkeypatch: pyt
             return "fe80::1", 9
 
     monkeypatch.setattr(socket, "socket", Probe)
-    assert grpc_transport._way_out(socket.AF_INET6, "2001:db8::1") == ""
+    assert own_address.way_out(socket.AF_INET6, "2001:db8::1") == ""
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
