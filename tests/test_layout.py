@@ -20,7 +20,7 @@ NO_TORCH = ("protocol", "coordinator")
 
 
 def sources(package: str) -> list[Path]:
-    return [p for p in sorted((ROOT / package).glob("*.py")) if not p.name.endswith("_pb2.py")]
+    return [p for p in sorted((ROOT / package).rglob("*.py")) if not p.name.endswith("_pb2.py")]
 
 
 def imports(path: Path) -> set[str]:
@@ -30,7 +30,8 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ["potluck", path.parent.name][: 3 - node.level] if node.level else []
+            above = ["potluck", *path.parent.relative_to(ROOT).parts]
+            base = above[: len(above) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             found |= {f"{module}.{alias.name}" for alias in node.names}
     return found
@@ -80,7 +81,9 @@ def test_the_wheel_holds_every_module(tmp_path):
     """Packages are listed by name in pyproject.toml: none may be forgotten."""
     import tomllib
 
+    inner = (p.parent.relative_to(ROOT) for package in PACKAGES for p in (ROOT / package).glob("*/__init__.py"))
+    within = {".".join(["potluck", *folder.parts]) for folder in inner}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert set(project["tool"]["setuptools"]["packages"]) == {"potluck", *(f"potluck.{p}" for p in PACKAGES)}
+    assert set(project["tool"]["setuptools"]["packages"]) == {"potluck", *(f"potluck.{p}" for p in PACKAGES), *within}
     kinds = {p.suffix for p in (ROOT / "coordinator" / "web").iterdir()}
     assert kinds <= {".html", ".css", ".js", ".svg"}
