@@ -63,6 +63,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(f"eos_id = {self.eos_id} is outside the vocabulary of {self.vocab_size}")
 
     @property
+    def masked(self) -> bool:
+        """Whether samples have documents and prefixes of their own, or are one causal text each."""
+        return False
+
+    @property
     def itemsize(self) -> int:
         """Bytes per token."""
         return 2 if self.dtype == "uint16" else 4

@@ -1,7 +1,8 @@
 """What crosses a boundary between two stages: tensors and targets as frames, and frames as tensors and targets.
 
-An activation's frame carries the hidden states, the targets, and, where values are kept for reuse
-(:mod:`..compression.aq`), a mark for each sample: which it is, and what a delta is against. A receiver that lacks the
+An activation's frame carries the hidden states, the targets, where the documents lie if the run has prefixes
+(:mod:`.side_inputs`), and, where values are kept for reuse (:mod:`..compression.aq`), a mark for each sample: which it
+is, and what a delta is against. A receiver that lacks the
 value of some mark answers with a ``MISS`` and gets the same microbatch once more, as attempt 1, without deltas.
 """
 
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..compression.aq import (
@@ -41,7 +41,17 @@ from ..protocol.manifest import Manifest
 from ..protocol.plan import Plan
 from ..protocol.schedule import draw
 from .data import sample_of
-from .model import IGNORED
+from .layout import Batch
+from .side_inputs import (
+    IDS,
+    LAYOUT,
+    decode_ids,
+    decode_layout,
+    encode_ids,
+    encode_layout,
+    ids_codec,
+    layout_nbytes,
+)
 from .squeeze import SUFFIX, is_squeezed, release, squeeze
 
 log = logging.getLogger(__name__)
@@ -154,13 +164,12 @@ class Boundary:
         if memory is not None:
             memory.follow(seat)
 
-    def activation(
-        self, step: int, part: int, m: int, hidden: Tensor, targets: Tensor, attempt: int = 0
-    ) -> tuple[Frame, bool]:
-        """Hidden states [B, T, D] and targets [B, T] for the next stage; whether a delta is among them.
+    def activation(self, step: int, part: int, m: int, batch: Batch, attempt: int = 0) -> tuple[Frame, bool]:
+        """A batch with hidden states [B, T, D] for the next stage; whether a delta is among them.
 
         ``DivergedError`` if a value is not finite.
         """
+        hidden, targets, layout = batch
         shape, marks = tuple(hidden.shape), None
         dense = 2 * hidden.numel()
         if self.memory is None or part != TRAIN:
@@ -178,6 +187,9 @@ class Boundary:
             TensorSpec(codec=codec, shape=shape, nbytes=len(payload)),
             TensorSpec(codec=name, shape=tuple(targets.shape), nbytes=len(ids)),
         ]
+        if layout is not None:
+            pieces.append(encode_layout(layout))
+            specs.append(TensorSpec(codec=LAYOUT, shape=tuple(targets.shape), nbytes=len(pieces[-1])))
         if marks is not None:
             pieces.append(pack_marks(marks))
             specs.append(TensorSpec(codec=MARKS, shape=(len(marks), MARK_NBYTES), nbytes=len(pieces[-1])))
@@ -216,8 +228,8 @@ class Boundary:
         sender = Sender(self.memory.codecs, self._buffer(self.seat.stage + 1, header.microbatch))
         sender.missed(header.targets, header.step + 1)
 
-    def received(self, frame: Frame, attempt: int = 0) -> tuple[Tensor, Tensor] | None:
-        """Hidden states [B, T, D] (fp32) and targets [B, T] (int64) of an activation; None if a value is missing.
+    def received(self, frame: Frame, attempt: int = 0) -> Batch | None:
+        """The batch of an activation, hidden states [B, T, D] in fp32; None if a value is missing.
 
         ``WireError`` for a payload that no sender makes, other samples than the plan's, targets that are no tokens,
         another attempt than asked for, or a delta in the second.
@@ -225,19 +237,19 @@ class Boundary:
         header, payload = frame.header, memoryview(frame.payload)
         hidden_spec, ids_spec = header.tensors[:2]
         hidden_end, ids_end = hidden_spec.nbytes, hidden_spec.nbytes + ids_spec.nbytes
+        layout_end = ids_end + (header.tensors[2].nbytes if self.manifest.masked else 0)
         if hidden_spec.shape[0] != (size := self.size(header.part, header.microbatch)):
             raise WireError(f"microbatch {header.microbatch} of {hidden_spec.shape[0]} samples, not {size}")
-        targets = decode_ids(payload[hidden_end:ids_end], ids_spec)
-        if int(targets.max()) >= self.manifest.vocab_size:
-            raise WireError(f"targets cannot be decoded: a token {int(targets.max())} of {self.manifest.vocab_size}")
+        targets = decode_ids(payload[hidden_end:ids_end], ids_spec, self.manifest.vocab_size)
+        layout = decode_layout(payload[ids_end:layout_end], ids_spec.shape) if self.manifest.masked else None
         marked = self.memory is not None and header.part == TRAIN
         body = release(
             hidden_spec.codec, payload[:hidden_end], hidden_nbytes(self.forward_codec, hidden_spec.shape, marked)
         )
         if self.memory is None or not marked:
-            return decoded(self.forward_codec, body, hidden_spec.shape), targets
+            return Batch(decoded(self.forward_codec, body, hidden_spec.shape), targets, layout)
         with from_a_peer():
-            marks = parse_marks(payload[ids_end:])
+            marks = parse_marks(payload[layout_end:])
         if [mark.sample for mark in marks] != self.samples(header.step, header.microbatch):
             raise WireError(f"microbatch {header.microbatch} of step {header.step} with other samples than the plan's")
         if header.attempt != attempt or (attempt and any(mark.mode == Mode.DELTA for mark in marks)):
@@ -245,7 +257,7 @@ class Boundary:
         receiver = Receiver(self.memory.codecs, self._buffer(self.seat.stage, header.microbatch))
         with from_a_peer():
             hidden = receiver.decode(body, marks, header.step + 1)
-        return None if hidden is None else (hidden, targets)
+        return None if hidden is None else Batch(hidden, targets, layout)
 
     def received_gradient(self, frame: Frame) -> Tensor:
         """A gradient [B, T, D] in fp32; ``WireError`` if no encoder makes such bytes, or it is of fewer samples."""
@@ -328,33 +340,15 @@ def codecs_of(config: RunConfig) -> Codecs:
     return Codecs(plain, unbiased(plain))
 
 
-IDS = {"ids16": "<u2", "ids32": "<u4"}  # token ids plus one, so that 0 says IGNORED
-
-
-def encode_ids(ids_BT: Tensor, vocab_size: int) -> tuple[str, bytes]:
-    """Targets [B, T] as (codec, bytes): two bytes each if the vocabulary allows."""
-    codec = ids_codec(vocab_size)
-    return codec, (ids_BT.cpu().numpy() + 1).clip(min=0).astype(IDS[codec]).tobytes()
-
-
-def decode_ids(payload: memoryview, spec: TensorSpec) -> Tensor:
-    """Bytes to targets [B, T], int64."""
-    ids = torch.from_numpy(np.frombuffer(payload, dtype=IDS[spec.codec]).astype(np.int64)).view(*spec.shape)
-    return torch.where(ids == 0, IGNORED, ids - 1)
-
-
-def ids_codec(vocab_size: int) -> str:
-    return "ids16" if vocab_size < 2**16 else "ids32"
-
-
 def hidden_nbytes(codec: Codec, shape: Sequence[int], marked: bool) -> int:
     """Bytes of hidden states [B, T, D] before zstd: one encoding of all, or, where they are marked, of each sample."""
     return shape[0] * codec.nbytes(shape[1:]) if marked else codec.nbytes(shape)
 
 
-def boundary_check(config: RunConfig, vocab_size: int) -> Callable[[Header], None]:
+def boundary_check(config: RunConfig, manifest: Manifest) -> Callable[[Header], None]:
     """A check for incoming activations, gradients and misses: what this run's look like, to the byte."""
     model, pipeline, reuse = config.model, config.pipeline, config.activations.reuse
+    codec_of_ids = ids_codec(manifest.vocab_size)
     codecs = {
         Kind.ACTIVATION: build(config.activations.forward),
         Kind.GRADIENT: build(config.activations.backward),
@@ -366,7 +360,7 @@ def boundary_check(config: RunConfig, vocab_size: int) -> Callable[[Header], Non
                 raise WireError("a miss where nothing can be missing")
             return
         codec, marked = codecs[header.kind], reuse and (header.kind, header.part) == (Kind.ACTIVATION, TRAIN)
-        wanted = (2 if header.kind == Kind.ACTIVATION else 1) + marked
+        wanted = (2 + manifest.masked if header.kind == Kind.ACTIVATION else 1) + marked
         if len(header.tensors) != wanted:
             raise WireError(f"{header.kind.name.lower()} with {len(header.tensors)} tensors, not {wanted}")
         hidden = header.tensors[0]
@@ -379,17 +373,18 @@ def boundary_check(config: RunConfig, vocab_size: int) -> Callable[[Header], Non
             or (hidden.nbytes < hidden_nbytes(codec, hidden.shape, marked) and not is_squeezed(hidden.codec))
         ):
             raise WireError(f"a boundary tensor of {hidden.shape} as {hidden.codec} in {hidden.nbytes} bytes")
-        if wanted > 1:
+        if header.kind == Kind.ACTIVATION:
             ids = header.tensors[1]
-            size = (
-                np.dtype(IDS[ids_codec(vocab_size)]).itemsize * ids.shape[0] * ids.shape[1]
-                if len(ids.shape) == 2
-                else 0
-            )
-            if ids.codec != ids_codec(vocab_size) or ids.shape != hidden.shape[:2] or ids.nbytes != size:
+            size = np.dtype(IDS[codec_of_ids]).itemsize * hidden.shape[0] * hidden.shape[1]
+            if ids.codec != codec_of_ids or ids.shape != hidden.shape[:2] or ids.nbytes != size:
                 raise WireError(f"targets of {ids.shape} as {ids.codec} in {ids.nbytes} bytes")
+            if manifest.masked:
+                where = header.tensors[2]
+                most = layout_nbytes(ids.shape)
+                if where.codec != LAYOUT or where.shape != ids.shape or where.nbytes > most:
+                    raise WireError(f"a layout of {where.shape} as {where.codec} in {where.nbytes} bytes")
         if marked:
-            marks, shape = header.tensors[2], (hidden.shape[0], MARK_NBYTES)
+            marks, shape = header.tensors[-1], (hidden.shape[0], MARK_NBYTES)
             if marks.codec != MARKS or marks.shape != shape or marks.nbytes != shape[0] * MARK_NBYTES:
                 raise WireError(f"marks of {marks.shape} as {marks.codec} in {marks.nbytes} bytes")
 

@@ -21,7 +21,7 @@ from ..protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest
 from .permutation import epoch_key, permute
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from .layout import Batch
 
 _AGAIN = "Prepare or download the corpus again."
 _CHUNK = 1 << 22  # tokens looked at in one piece when a corpus is opened
@@ -59,23 +59,25 @@ class Dataset:
             raise IndexError(f"held-out index {index} is outside [0, {self.manifest.n_heldout})")
         return self._window(self.manifest.heldout_start + index * self.manifest.seq_len)
 
-    def batch(self, indices: Iterable[int], seed: int) -> tuple[Tensor, Tensor]:
-        """(inputs_BT, targets_BT), int64 on the CPU, of at least one training index."""
-        return _to_tensors([self.sample(index, seed) for index in indices])
+    def batch(self, indices: Iterable[int], seed: int) -> Batch:
+        """Samples of at least one training index, on the CPU."""
+        return _to_batch([self.sample(index, seed) for index in indices])
 
-    def heldout_batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """(inputs_BT, targets_BT), int64 on the CPU, of at least one held-out index."""
-        return _to_tensors([self.heldout(index) for index in indices])
+    def heldout_batch(self, indices: Iterable[int]) -> Batch:
+        """Samples of at least one held-out index, on the CPU."""
+        return _to_batch([self.heldout(index) for index in indices])
 
     def _window(self, start: int) -> NDArray[np.int64]:
         return self._tokens[start : start + self.manifest.seq_len + 1].astype(np.int64)
 
 
-def _to_tensors(samples: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
+def _to_batch(samples: list[NDArray[np.int64]]) -> Batch:
     import torch  # here, so that checking and reading a corpus does not load torch
 
+    from .layout import Batch
+
     tokens_BT1 = torch.from_numpy(np.stack(samples))
-    return tokens_BT1[:, :-1].contiguous(), tokens_BT1[:, 1:].contiguous()
+    return Batch(tokens_BT1[:, :-1].contiguous(), tokens_BT1[:, 1:].contiguous())
 
 
 def _read(path: Path) -> bytes:

@@ -17,9 +17,10 @@ from ..protocol.frames import Header, Kind, Purpose, TensorSpec, encode_header, 
 from ..protocol.meter import INTERNET
 from ..protocol.plan import split_layers, stage_parameters
 from ..protocol.schedule import fragments, is_eval, is_round
-from .boundary import IDS, MARKS, ids_codec
+from .boundary import MARKS
 from .reference import FLIPPED
 from .shards import WEIGHTS, codec_of, layout
+from .side_inputs import IDS, ids_codec
 
 LONE_NBYTES = 3.0  # a weight, of a lone replica's round for its keepers (tests/worker/test_redo.py)
 LOOK_AHEAD = 20_000  # steps whose rounds are counted; a longer run goes on like them

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+IGNORED = -100  # target that no loss is taken on
+
 
 class Layout(NamedTuple):
     """``segments``: int16 [B, T], the number of each position's document in its sequence, from 1, never falling; 0 is
@@ -50,3 +52,7 @@ class Batch(NamedTuple):
     x: Tensor
     targets: Tensor
     layout: Layout | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        layout = None if self.layout is None else self.layout.to(device)
+        return Batch(self.x.to(device), self.targets.to(device), layout)

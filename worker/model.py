@@ -15,8 +15,8 @@ from transformers.models.gptj.modeling_gptj import GPTJBlock
 
 from ..protocol.config import ModelConfig
 from ..protocol.schedule import draw
+from .layout import IGNORED, Layout
 
-IGNORED = -100  # target that no loss is taken on
 INIT_STD = 0.02  # GPT-J's initializer_range
 
 
@@ -73,7 +73,7 @@ class StageModule(nn.Module):
                 generator = torch.Generator().manual_seed(draw(seed, "init", name) % 2**63)
                 parameter.copy_(bell_shaped(parameter.numel(), generator).view(parameter.shape).mul_(INIT_STD))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """Token ids [B, T] (first stage) or hidden states [B, T, D] to hidden states [B, T, D].
 
         The last stage's output is normalized (``ln_f``) but not yet projected: see :meth:`logits`.

@@ -28,6 +28,7 @@ from ..protocol.frames import Frame, Kind
 from ..protocol.plan import Plan
 from .boundary import EVAL, TRAIN, Boundary
 from .data import Dataset
+from .layout import Batch
 from .mailbox import Address, Rerouted
 from .stage import Stage
 
@@ -72,8 +73,7 @@ class Lane(NamedTuple):
 class Flight:
     """A microbatch between its forward and its backward."""
 
-    source: Tensor
-    targets: Tensor
+    batch: Batch
     output: Tensor | None = None  # kept graph, when nothing is recomputed
     miss: Address | None = None  # where the next stage says that it lacks what a delta was against
     resent: bool = False
@@ -218,7 +218,7 @@ class Pipeline:
         failpoint("worker.forward", torch.OutOfMemoryError)
         if frame is None:
             assert self.data is not None, "the first stage needs the corpus"
-            source, targets = self.data.batch(self.seat.plan.samples(*lane), self.config.seed)
+            batch = self.data.batch(self.seat.plan.samples(*lane), self.config.seed)
         else:
             found = self.boundary.received(frame, attempt=int(lane in self._asked))
             if found is None:
@@ -226,23 +226,26 @@ class Pipeline:
                 self.wire.post(self.seat.plan.peer_of(self.seat.stage - 1, lane.m), self.boundary.miss(*lane))
                 return
             self._asked.discard(lane)
-            source, targets = found
-        source, targets = source.to(self.stage.device), targets.to(self.stage.device)
+            batch = found
+        batch = batch.to(self.stage.device)
         self._to_forward.remove(lane)
         keep = self.seat.is_last or not self.config.pipeline.recompute
         if not self.seat.is_first:
-            source.requires_grad_()
+            batch.x.requires_grad_()
         with torch.set_grad_enabled(keep):
-            output = self.stage.module(source)
+            output = self._output(batch)
             if self.seat.is_last:
-                output = self.stage.module.loss_sum(output, targets)
-        self._count(lane, int((targets >= 0).sum()), float(output.detach()) if self.seat.is_last else 0.0)
-        self._flights[lane] = Flight(source, targets, output if keep else None)
+                output = self.stage.module.loss_sum(output, batch.targets)
+        self._count(lane, int((batch.targets >= 0).sum()), float(output.detach()) if self.seat.is_last else 0.0)
+        self._flights[lane] = Flight(batch, output if keep else None)
         if self.seat.is_last:
             self._backward(lane, None)
         else:
             self._send_forward(lane, output.detach())
             failpoint("worker.activation.sent")
+
+    def _output(self, batch: Batch) -> Tensor:
+        return self.stage.module(batch.x, batch.layout)
 
     def _count(self, lane: Lane, targets: int, loss: float) -> None:
         result = self._result
@@ -260,17 +263,18 @@ class Pipeline:
             flight.output.backward()
         else:
             gradient = self.boundary.received_gradient(frame).to(self.stage.device)
-            output = self.stage.module(flight.source) if flight.output is None else flight.output
+            output = self._output(flight.batch) if flight.output is None else flight.output
             output.backward(gradient)
         del self._flights[lane]
         self._to_backward.remove(lane)
         if not self.seat.is_first:
-            assert flight.source.grad is not None
-            self._send(self.seat.stage - 1, self.boundary.gradient(*lane, flight.source.grad))
+            assert flight.batch.x.grad is not None
+            self._send(self.seat.stage - 1, self.boundary.gradient(*lane, flight.batch.x.grad))
             failpoint("worker.gradient.sent")
 
     def _send_forward(self, lane: Lane, hidden: Tensor) -> None:
-        frame, has_delta = self.boundary.activation(lane.step, TRAIN, lane.m, hidden, self._flights[lane].targets)
+        batch = self._flights[lane].batch._replace(x=hidden)
+        frame, has_delta = self.boundary.activation(lane.step, TRAIN, lane.m, batch)
         if has_delta:
             place = self._from(Kind.GRADIENT, lane)
             self._flights[lane].miss = place._replace(kind=Kind.MISS)
@@ -297,8 +301,9 @@ class Pipeline:
         flight.resent = True
         self.boundary.missed(miss.header)
         with torch.no_grad():
-            output = self.stage.module(flight.source) if flight.output is None else flight.output
-        frame, _ = self.boundary.activation(lane.step, TRAIN, lane.m, output.detach(), flight.targets, attempt=1)
+            output = self._output(flight.batch) if flight.output is None else flight.output
+        batch = flight.batch._replace(x=output.detach())
+        frame, _ = self.boundary.activation(lane.step, TRAIN, lane.m, batch, attempt=1)
         self.wire.post(flight.miss.sender, frame)
 
     def _arrived(self, wanted: Sequence[Address]) -> tuple[Address, Frame] | None:
@@ -350,15 +355,14 @@ class Pipeline:
         try:
             for m in range(-(-self.config.eval.samples // size)):
                 if self.seat.plan.replica_of(self.seat.stage, self._lane(m)) == self.seat.replica:
-                    if (found := self._heldout(position, m)) is None:
+                    if (batch := self._heldout(position, m)) is None:
                         return None
-                    source, targets = found
-                    hidden = stage.module(source)
+                    hidden = self._output(batch)
                     if self.seat.is_last:
-                        result.loss_sum += float(stage.module.loss_sum(hidden, targets))
-                        result.loss_targets += int((targets >= 0).sum())
+                        result.loss_sum += float(stage.module.loss_sum(hidden, batch.targets))
+                        result.loss_targets += int((batch.targets >= 0).sum())
                     else:
-                        frame, _ = self.boundary.activation(position, EVAL, m, hidden, targets)
+                        frame, _ = self.boundary.activation(position, EVAL, m, batch._replace(x=hidden))
                         self.wire.post(self.seat.plan.peer_of(self.seat.stage + 1, self._lane(m)), frame)
         finally:
             stage.x.copy_(training)
@@ -369,13 +373,13 @@ class Pipeline:
         """Evaluation has its own number of microbatches: they take the routes of training in turn."""
         return microbatch % self.seat.plan.microbatches_per_step
 
-    def _heldout(self, position: int, m: int) -> tuple[Tensor, Tensor] | None:
-        """This stage's input for a microbatch of held-out samples, and its targets."""
+    def _heldout(self, position: int, m: int) -> Batch | None:
+        """This stage's input for a microbatch of held-out samples."""
         if self.seat.is_first:
             assert self.data is not None, "the first stage needs the corpus"
             size = self.config.pipeline.microbatch_size
             indices = range(m * size, min((m + 1) * size, self.config.eval.samples))
-            source, targets = self.data.heldout_batch([i % self.data.manifest.n_heldout for i in indices])
+            batch = self.data.heldout_batch([i % self.data.manifest.n_heldout for i in indices])
         else:
             plan = self.seat.plan
             behind = plan.peer_of(self.seat.stage - 1, self._lane(m))
@@ -384,5 +388,5 @@ class Pipeline:
                 return None
             found = self.boundary.received(arrived[1])
             assert found is not None, "nothing can be missing without deltas"
-            source, targets = found
-        return source.to(self.stage.device), targets.to(self.stage.device)
+            batch = found
+        return batch.to(self.stage.device)

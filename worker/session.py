@@ -155,7 +155,7 @@ class Session:
         shape = Shape.of(run.model, manifest.vocab_size)
         divisions = shape.splits(run.pipeline.counts(run.model.layers))
         most = max(shape.size(*layers) for division in divisions for layers in division)
-        boundary = boundary_check(run, manifest.vocab_size)
+        boundary = boundary_check(run, manifest)
         weights = partial(most_nbytes, run.sync.resolved())
         states = inventory.most_nbytes(most)
         self._checks.append(frame_check(self.run_name, boundary, weights, min(most, MOST_WEIGHTS), states))

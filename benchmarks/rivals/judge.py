@@ -33,7 +33,7 @@ def heldout_loss(task: Task, data: Dataset, model: StageModule) -> float:
     total = count = 0.0
     most = min(task.run.eval.samples, data.manifest.n_heldout)
     for start in range(0, most, 32):
-        ids, targets = data.heldout_batch(range(start, min(most, start + 32)))
+        ids, targets, _ = data.heldout_batch(range(start, min(most, start + 32)))
         total += float(model.loss_sum(model(ids), targets))
         count += targets.numel()
     return total / count

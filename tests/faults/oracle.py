@@ -226,12 +226,12 @@ class Oracle:
                 start = begin["first_sample"] + (step - begin["origin"][2]) * per_step + m * begin["microbatch_size"]
                 samples = range(start, start + begin["microbatch_size"])
             if what == "forward":
-                source, wanted = self.data.batch(samples, self.config.seed)
+                source, wanted, layout = self.data.batch(samples, self.config.seed)
                 if seat.stage:
                     while (op["by"], step, m) not in world.activations:
                         yield "wait"
                     source = world.activations[op["by"], step, m].clone().requires_grad_()
-                output = stage.module(source)
+                output = stage.module(source, layout)
                 flights[step, m] = source, stage.module.loss_sum(output, wanted) if is_last else output
                 world.activations[seat.peer, step, m] = output.detach()
                 targets += int((wanted >= 0).sum())

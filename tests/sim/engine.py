@@ -20,6 +20,7 @@ from potluck.worker import pipeline as pipeline_module
 from potluck.worker import publishing as publishing_module
 from potluck.worker.boundary import EVAL, TRAIN, Seat
 from potluck.worker.engine import Engine
+from potluck.worker.layout import Batch
 from potluck.worker.outside import EngineConfig
 from potluck.worker.plan import View
 from potluck.worker.sync import Synchronizer
@@ -127,12 +128,19 @@ class Module:
     def __init__(self, stage: SimStage) -> None:
         self._stage = stage
 
-    def __call__(self, source: Tensor) -> Tensor:
+    def __call__(self, source: Tensor, _: None) -> Tensor:
         self._stage.worker.compute(0.0)
         return Tensor(source.counters, source.count, self._stage, source)
 
     def loss_sum(self, output: Tensor, _: Targets) -> Tensor:
         return output
+
+
+class SimBatch(Batch):
+    """All on one device."""
+
+    def to(self, _: object) -> SimBatch:  # type: ignore[override]
+        return self
 
 
 class SimData:
@@ -142,11 +150,11 @@ class SimData:
 
     def __init__(self, _: object) -> None: ...
 
-    def batch(self, indices: range, seed: int) -> tuple[Tensor, Targets]:
-        return Tensor(samples(indices), len(indices)), Targets(len(indices))
+    def batch(self, indices: range, seed: int) -> Batch:
+        return SimBatch(Tensor(samples(indices), len(indices)), Targets(len(indices)))
 
-    def heldout_batch(self, indices: Sequence[int]) -> tuple[Tensor, Targets]:
-        return Tensor(0, len(indices)), Targets(len(indices))
+    def heldout_batch(self, indices: Sequence[int]) -> Batch:
+        return SimBatch(Tensor(0, len(indices)), Targets(len(indices)))
 
 
 class SimBoundary:
@@ -157,20 +165,18 @@ class SimBoundary:
     def __init__(self, config: Any, seat: Seat, *_: object) -> None:
         self.config, self.seat = config, seat
 
-    def activation(
-        self, step: int, part: int, m: int, hidden: Tensor, targets: Targets, attempt: int = 0
-    ) -> tuple[Frame, bool]:
-        return self._frame(Kind.ACTIVATION, step, m, hidden, part), False
+    def activation(self, step: int, part: int, m: int, batch: Any, attempt: int = 0) -> tuple[Frame, bool]:
+        return self._frame(Kind.ACTIVATION, step, m, batch.x, part), False
 
     def gradient(self, step: int, m: int, gradient: Tensor) -> Frame:
         return self._frame(Kind.GRADIENT, step, m, gradient)
 
-    def received(self, frame: Frame, attempt: int = 0) -> tuple[Tensor, Targets]:
+    def received(self, frame: Frame, attempt: int = 0) -> Batch:
         counters, count = frame.payload
         step, m = frame.header.step, frame.header.microbatch
         right = frame.header.part == EVAL or counters == samples(self.seat.plan.samples(step, m))
         hold(right, f"microbatch {m} of step {step} has other samples")
-        return Tensor(counters, count), Targets(count)
+        return SimBatch(Tensor(counters, count), Targets(count))
 
     def received_gradient(self, frame: Frame) -> Tensor:
         return Tensor(*frame.payload)

@@ -80,16 +80,16 @@ def watched(local_run, monkeypatch: pytest.MonkeyPatch):
     seen: list[Seen] = []
     activation, received = Boundary.activation, Boundary.received
 
-    def watch_activation(self, step, part, m, hidden, targets, attempt=0):
+    def watch_activation(self, step, part, m, batch, attempt=0):
         if part == 0:
-            sent[self.seat.plan.peer_of(self.seat.stage + 1, m), step, m] = hidden.detach().clone()
-        return activation(self, step, part, m, hidden, targets, attempt)
+            sent[self.seat.plan.peer_of(self.seat.stage + 1, m), step, m] = batch.x.detach().clone()
+        return activation(self, step, part, m, batch, attempt)
 
     def watch_received(self, frame, attempt=0):
         found, header = received(self, frame, attempt), frame.header
         if found is not None and header.part == 0:
             true = sent[self.seat.peer, header.step, header.microbatch]
-            error = float((found[0] - true).norm() / true.norm())
+            error = float((found.x - true).norm() / true.norm())
             seen[-1].errors.setdefault(header.step, []).append(error)
         return found
 

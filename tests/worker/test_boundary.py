@@ -17,6 +17,7 @@ from potluck.protocol.errors import WireError
 from potluck.protocol.frames import Frame, Header, Kind, TensorSpec
 from potluck.protocol.plan import Plan, Replica, StagePlan
 from potluck.worker.boundary import EVAL, TRAIN, Boundary, Memory, Seat, boundary_check, routes_of
+from potluck.worker.layout import Batch
 from potluck.worker.links import frame_check
 
 AQ = {"forward": "int4:tile=64", "backward": "int8:tile=64", "reuse": True, "cache_gb": 0.01}
@@ -26,7 +27,7 @@ MANIFEST = manifest(24, 4, 16)
 def test_what_comes_in_is_known_to_the_byte(make_config):
     plain = {**AQ, "reuse": False}
     check, plain_check = (
-        frame_check(b"testrun1", boundary_check(make_config(activations=activations), 300), lambda n: 0, 0, 0)
+        frame_check(b"testrun1", boundary_check(make_config(activations=activations), MANIFEST), lambda n: 0, 0, 0)
         for activations in (AQ, plain)
     )
     hidden = TensorSpec(codec="int4:tile=64", shape=(2, 16, 32), nbytes=build(AQ["forward"]).nbytes((2, 16, 32)))
@@ -135,17 +136,17 @@ def test_a_microbatch_of_other_samples_is_refused(make_config, tmp_path):
     config, plan = make_config(activations=AQ), a_plan("a", "b")
     a, b = (Boundary(config, seat_of(plan, p), MANIFEST, Memory(config, tmp_path / p)) for p in "ab")
     hidden, targets = torch.randn(2, 16, 32), torch.zeros(2, 16, dtype=torch.int64)
-    frame, has_delta = a.activation(0, TRAIN, 1, hidden, targets)
+    frame, has_delta = a.activation(0, TRAIN, 1, Batch(hidden, targets))
     assert not has_delta
     body, marks = frame.payload[: -2 * MARK_NBYTES], parse_marks(frame.payload[-2 * MARK_NBYTES :])
     assert [mark.sample for mark in marks] == a.samples(0, 1) == b.samples(0, 1) != a.samples(0, 0)
     other = pack_marks([marks[0]._replace(sample=marks[1].sample), marks[1]])
-    again, _ = a.activation(0, TRAIN, 1, hidden, targets, attempt=1)
+    again, _ = a.activation(0, TRAIN, 1, Batch(hidden, targets), attempt=1)
     for bad in (Frame(frame.header, body + other), Frame(frame.header, body + b"\xff" * len(other)), again):
         with pytest.raises(WireError):
             b.received(bad)
     found = b.received(frame)
-    assert found is not None and found[0].shape == hidden.shape
+    assert found is not None and found.x.shape == hidden.shape
 
 
 @pytest.mark.parametrize("reuse", [True, False])
@@ -154,18 +155,18 @@ def test_other_sizes_and_targets_than_the_plans_never_reach_torch(make_config, t
     config, plan = make_config(activations={**AQ, "reuse": reuse}), a_plan("a", "b")
     a, b = (Boundary(config, seat_of(plan, p), MANIFEST, Memory(config, tmp_path / p) if reuse else None) for p in "ab")
     hidden, targets = torch.randn(2, 16, 32), torch.full((2, 16), MANIFEST.vocab_size - 1)
-    found = b.received(a.activation(0, TRAIN, 0, hidden, targets)[0])
+    found = b.received(a.activation(0, TRAIN, 0, Batch(hidden, targets))[0])
     assert found is not None
-    assert torch.equal(found[1], targets)
+    assert torch.equal(found.targets, targets)
     assert a.received_gradient(b.gradient(0, 0, hidden)).shape == hidden.shape
     with pytest.raises(WireError, match="of 1 samples, not 2"):
         a.received_gradient(b.gradient(0, 0, hidden[:1]))
     if not reuse:
         with pytest.raises(WireError, match="of 1 samples, not 2"):
-            b.received(a.activation(0, TRAIN, 0, hidden[:1], targets[:1])[0])
+            b.received(a.activation(0, TRAIN, 0, Batch(hidden[:1], targets[:1]))[0])
     for part in (TRAIN, EVAL):
         with pytest.raises(WireError, match="token 300 of 300"):
-            b.received(a.activation(0, part, 0, hidden, targets + 1)[0])
+            b.received(a.activation(0, part, 0, Batch(hidden, targets + 1))[0])
     held_out = config.eval.samples
     assert [b.size(EVAL, m) for m in range(-(-held_out // 2))] == [2] * (held_out // 2) + [1] * (held_out % 2)
 
@@ -173,7 +174,7 @@ def test_other_sizes_and_targets_than_the_plans_never_reach_torch(make_config, t
 def test_any_marks_give_a_value_a_miss_or_a_wire_error(make_config, tmp_path):
     config, plan = make_config(activations=AQ), a_plan("a", "b")
     a, b = (Boundary(config, seat_of(plan, p), MANIFEST, Memory(config, tmp_path / p)) for p in "ab")
-    frame, _ = a.activation(0, TRAIN, 0, torch.randn(2, 16, 32), torch.zeros(2, 16, dtype=torch.int64))
+    frame, _ = a.activation(0, TRAIN, 0, Batch(torch.randn(2, 16, 32), torch.zeros(2, 16, dtype=torch.int64)))
     assert b.received(frame) is not None
     (buffer,) = b.memory.buffers.values()
     samples = b.samples(0, 0)

@@ -71,7 +71,7 @@ def test_an_index_means_the_same_bytes_whoever_asks(tmp_path: Path, data: Datase
 
 
 def test_batches_are_the_samples_shifted_by_one(data: Dataset) -> None:
-    inputs_BT, targets_BT = data.batch([5, 40, 2], seed=9)
+    inputs_BT, targets_BT, _ = data.batch([5, 40, 2], seed=9)
     assert inputs_BT.shape == targets_BT.shape == (3, SEQ_LEN)
     assert inputs_BT.dtype == targets_BT.dtype == torch.int64
     for row, index in enumerate([5, 40, 2]):
@@ -81,7 +81,7 @@ def test_batches_are_the_samples_shifted_by_one(data: Dataset) -> None:
 
 
 def test_heldout_sequences_follow_the_train_part_in_order(data: Dataset) -> None:
-    inputs_BT, targets_BT = data.heldout_batch(range(N_HELDOUT))
+    inputs_BT, targets_BT, _ = data.heldout_batch(range(N_HELDOUT))
     heldout = TOKENS[N_TRAIN * SEQ_LEN + 1 :].tolist()
     assert inputs_BT.flatten().tolist() == heldout[:-1]
     assert targets_BT.flatten().tolist() == heldout[1:]

@@ -18,6 +18,7 @@ from potluck.protocol.frames import Frame, Header, TensorSpec, encode_header, pa
 from potluck.protocol.plan import Plan, Replica, StagePlan
 from potluck.worker import inventory
 from potluck.worker.boundary import TRAIN, Boundary, Memory, Seat, boundary_check
+from potluck.worker.layout import Batch
 from potluck.worker.redo import Entry, pieces_of, replay
 from potluck.worker.reference import ALONE, FLIPPED, Rule, packed
 from potluck.worker.shards import WEIGHTS, codec_of, most_nbytes
@@ -69,10 +70,10 @@ def test_boundary_tensors(make_config: Callable[..., RunConfig], tmp_path: Path,
     """As the network does it: a header goes through the check first, and a payload has the length it says."""
     mutate, seen = Mutator(len(kind)), Counter[str]()
     a, b = seats(make_config, tmp_path, **KINDS[kind])
-    check = boundary_check(a.config, MANIFEST.vocab_size)
+    check = boundary_check(a.config, MANIFEST)
     hidden, targets = normal(2, 16, 32), torch.zeros(2, 16, dtype=torch.int64)
     flat = torch.zeros(2, 16, 32)  # gets shorter through zstd
-    frames = [a.activation(0, TRAIN, 0, x, targets)[0] for x in (hidden, flat)]
+    frames = [a.activation(0, TRAIN, 0, Batch(x, targets))[0] for x in (hidden, flat)]
     frames += [b.gradient(0, 0, x) for x in (hidden, flat)]
 
     def take(frame: Frame) -> None:
@@ -81,7 +82,7 @@ def test_boundary_tensors(make_config: Callable[..., RunConfig], tmp_path: Path,
             raise WireError("not a frame")
         if frame.header.kind == frames[0].header.kind:
             found = b.received(frame)
-            assert found is None or [tuple(x.shape) for x in found] == [(2, 16, 32), (2, 16)]
+            assert found is None or [tuple(x.shape) for x in found[:2]] == [(2, 16, 32), (2, 16)]
         else:
             assert a.received_gradient(frame).shape == (2, 16, 32)
 
@@ -121,11 +122,11 @@ def changed(header: Header, **changes: object) -> Header:
 def test_headers_of_boundary_tensors(make_config: Callable[..., RunConfig], tmp_path: Path, kind: str) -> None:
     mutate, seen = Mutator(10 + len(kind)), Counter[str]()
     a, b = seats(make_config, tmp_path, **KINDS[kind])
-    check = boundary_check(a.config, MANIFEST.vocab_size)
+    check = boundary_check(a.config, MANIFEST)
     hidden, targets = normal(2, 16, 32), torch.zeros(2, 16, dtype=torch.int64)
     valid = [
         encode_header(frame.header)
-        for frame in (a.activation(0, TRAIN, 0, hidden, targets)[0], b.gradient(0, 0, hidden))
+        for frame in (a.activation(0, TRAIN, 0, Batch(hidden, targets))[0], b.gradient(0, 0, hidden))
     ]
     most = 4 * 2 * 16 * 32 + 2 * 2 * 16 + 1000
     with traced():
