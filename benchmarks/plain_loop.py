@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 from torch.nn import functional as F
-from transformers import GPTJForCausalLM
+from transformers import AutoModelForCausalLM
 
 from potluck.protocol.config import RunConfig
 from potluck.worker.data import Dataset
@@ -25,7 +25,8 @@ def main() -> None:
     torch.set_num_threads(threads)
     data = Dataset(corpus) if (corpus / "manifest.json").exists() else None
     assert data is not None, corpus
-    model = GPTJForCausalLM(hf_config(run.model, data.manifest.vocab_size))
+    config = hf_config(run.model, data.manifest.vocab_size)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.optimizer.lr, fused=True)
     size, index, started = run.pipeline.microbatch_size, 0, 0.0
     for step in range(run.steps):

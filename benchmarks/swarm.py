@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potluck.protocol.config import RunConfig
 from potluck.protocol.frames import Frame, Purpose, encode_header, purpose
-from potluck.protocol.plan import Plan, Replica, SavePoint, StagePlan, split_layers
+from potluck.protocol.plan import Plan, Replica, SavePoint, Shape, StagePlan
 from potluck.protocol.schedule import fragments, is_applied, is_round
 from potluck.worker.boundary import Boundary, Seat
 from potluck.worker.data import Dataset
@@ -87,8 +87,7 @@ class Swarm:
         self, config: RunConfig, data: Dataset, replicas: int, weights: Mapping[str, Tensor] | None = None
     ) -> None:
         self.config, self.data, self.start = config, data, weights
-        shape = {"d_model": config.model.d_model, "vocab_size": data.manifest.vocab_size}
-        layers = split_layers(config.model.layers, config.pipeline.stages, **shape)
+        layers = Shape.of(config.model, data.manifest.vocab_size).split(config.pipeline.stages)
         self.plan = Plan(
             generation=1,
             first_step=0,

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..protocol import control_pb2 as pb
+from ..protocol.architecture import TITLES
 from ..protocol.config import RunConfig
 from ..protocol.frames import Purpose
 from ..protocol.identity import PEER_ID_LENGTH
-from ..protocol.plan import stage_parameters
+from ..protocol.plan import Shape
 from .clock import Clock
 from .state import Commit, Journal, Point, Rules, RunState, Said
 from .store import Store
@@ -206,9 +207,8 @@ class Board:
         sent = sum(t["nbytes"] for t in traffic)
         dense = sum(t["dense_nbytes"] if t["purpose"] in COMPRESSED else t["nbytes"] for t in traffic)
         layers = state.plan.layers if state.plan else self.rules.division(state.committed.stages).layers
-        counts = [
-            stage_parameters(a, b, model.layers, d_model=model.d_model, vocab_size=self.vocab_size) for a, b in layers
-        ]
+        sizes = Shape.of(model, self.vocab_size)
+        counts = [sizes.size(*stage) for stage in layers]
         shape = f"{model.layers} layers, d = {model.d_model}"
         forward, backward = config.activations.forward, config.activations.backward
         codec = f"{forward} both ways" if forward == backward else f"{forward} forward, {backward} backward"
@@ -218,7 +218,7 @@ class Board:
             "run": {
                 "name": config.name,
                 "id": self.run_id,
-                "model": f"GPT-J shape, {sum(counts) / 1e6:.1f} M parameters, {shape}",
+                "model": f"{TITLES[model.architecture]} shape, {sum(counts) / 1e6:.1f} M parameters, {shape}",
                 "stages": len(layers),
                 "preset": config.sync.preset,
                 "codec": codec,

@@ -16,55 +16,32 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from ..protocol import architecture
 from ..protocol.config import RunConfig
 from ..protocol.errors import StateError, WireError
 from ..protocol.failpoints import failpoint
 from ..protocol.manifest import Manifest
-from ..protocol.plan import stage_parameters
+from .card import Facts, model_card
 
 HEADER_LIMIT = 1 << 20  # of a safetensors file, in bytes
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file; ``WireError`` if it is not one."""
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The entries in a safetensors file's JSON header, and the bytes behind it; ``WireError`` if it is not one."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= HEADER_LIMIT:
                 raise WireError("not a safetensors file")
             header = json.loads(file.read(length))
+            rest = os.fstat(file.fileno()).st_size - 8 - length
     except (OSError, ValueError):
         raise WireError("not a safetensors file") from None
     if not isinstance(header, dict):
         raise WireError("not a safetensors file")
-    return header
-
-
-def hf_config(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
-    """``config.json`` of the published model."""
-    model = config.model
-    return {
-        "architectures": ["GPTJForCausalLM"],
-        "model_type": "gptj",
-        "vocab_size": manifest.vocab_size,
-        "n_positions": model.seq_len,
-        "n_embd": model.d_model,
-        "n_layer": model.layers,
-        "n_head": model.heads,
-        "rotary_dim": model.rotary_dim,
-        "activation_function": "gelu_new",
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        "bos_token_id": manifest.eos_id,
-        "eos_token_id": manifest.eos_id,
-        "dtype": "float32",
-        "use_cache": True,
-    }
+    header.pop("__metadata__", None)
+    return header, rest
 
 
 class Publisher:
@@ -77,9 +54,14 @@ class Publisher:
         config: RunConfig,
         manifest: Manifest,
         done: Callable[[int, Path], Awaitable[None]],
+        *,
+        prefix_lm: bool = False,
+        card: Callable[[], Awaitable[Facts]] | None = None,
     ) -> None:
+        """``prefix_lm``: the run trains with prefixes that are seen whole (see ``architecture.hf_config``). ``card``:
+        what the model card says of the run, asked for at each publishing."""
         self.folder, self.corpus, self.config, self.manifest = folder, corpus, config, manifest
-        self._done = done
+        self.prefix_lm, self._done, self._facts = prefix_lm, done, card
         self.layers: tuple[tuple[int, int], ...] = ()  # of the stages that are being collected
         self._arrived: set[int] = set()
         self._current = (-1, -1)  # step and generation of the uploads being collected
@@ -87,10 +69,10 @@ class Publisher:
 
     def stage_nbytes(self, stage: int) -> int:
         """Most bytes that a stage's file may have: fp32 tensors and a header."""
-        first, last = self.layers[stage]
-        model = self.config.model
-        count = stage_parameters(first, last, model.layers, d_model=model.d_model, vocab_size=self.manifest.vocab_size)
-        return 4 * count + HEADER_LIMIT
+        return 4 * architecture.weights(self._tensors(stage)) + HEADER_LIMIT
+
+    def _tensors(self, stage: int) -> architecture.Shapes:
+        return architecture.tensors(self.config.model, self.manifest.vocab_size, *self.layers[stage])
 
     def begin(self, step: int, generation: int, layers: tuple[tuple[int, int], ...]) -> None:
         """Uploads of ``step`` from the stages of this generation come in; what others left unfinished is gone."""
@@ -138,41 +120,51 @@ class Publisher:
     async def _finish(self, step: int) -> None:
         if len(self._arrived) == len(self.layers):
             try:
-                target = await asyncio.to_thread(self._assemble, step)
+                facts = await self._facts() if self._facts else Facts()
+                target = await asyncio.to_thread(self._assemble, step, facts)
             except OSError as error:
                 raise unwritten(error) from None
             self._arrived, self.trouble = set(), None
             await self._done(step, target)
 
     def _check(self, part: Path, stage: int) -> None:
-        """The file holds fp32 tensors, one after the other, as many numbers as the stage has parameters."""
-        header = read_header(part)
-        header.pop("__metadata__", None)
+        """The file holds the stage's tensors by name and shape, in fp32, one after the other, and nothing else."""
+        (header, rest), wanted = read_header(part), self._tensors(stage)
+        if header.keys() != wanted.keys():
+            raise WireError("an upload with other tensors than the stage's")
         end = 0
         try:
-            for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 start, stop = entry["data_offsets"]
-                if entry["dtype"] != "F32" or start != end or stop - start != 4 * math.prod(entry["shape"]):
+                shape = entry["shape"]
+                if entry["dtype"] != "F32" or tuple(shape) != wanted[name]:
+                    raise ValueError
+                if start != end or stop - start != 4 * math.prod(shape):
+                    raise ValueError
+                if not all(type(number) is int for number in (start, stop, *shape)):
                     raise ValueError
                 end = stop
         except (TypeError, KeyError, ValueError):
-            raise WireError("an upload whose tensors are not plain fp32") from None
-        if end != self.stage_nbytes(stage) - HEADER_LIMIT:
-            raise WireError("an upload with other tensors than the stage's")
+            raise WireError("an upload whose tensors are not the stage's in plain fp32") from None
+        if end != rest:
+            raise WireError("an upload that is longer or shorter than its tensors")
 
-    def _assemble(self, step: int) -> Path:
+    def _assemble(self, step: int, facts: Facts) -> Path:
         work, target = self._work(step), self.path(step)
         index: dict[str, str] = {}
         total = 0
         for stage in range(len(self.layers)):
-            for name, entry in read_header(work / self.file(stage)).items():
-                if name != "__metadata__":
-                    index[name] = self.file(stage)
-                    total += entry["data_offsets"][1] - entry["data_offsets"][0]
+            header, nbytes = read_header(work / self.file(stage))
+            index |= dict.fromkeys(header, self.file(stage))
+            total += nbytes
         write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-        write_json(work / "config.json", hf_config(self.config, self.manifest))
-        ids = {"bos_token_id": self.manifest.eos_id, "eos_token_id": self.manifest.eos_id}
-        write_json(work / "generation_config.json", ids)
+        model, manifest = self.config.model, self.manifest
+        described = architecture.hf_config(model, manifest.vocab_size, manifest.eos_id, prefix_lm=self.prefix_lm)
+        write_json(work / "config.json", described)
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        write_json(work / "generation_config.json", dict.fromkeys(ids, manifest.eos_id))
+        card = model_card(self.config, manifest, facts, prefix_lm=self.prefix_lm)
+        (work / "README.md").write_text(card, encoding="utf-8")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(self.corpus / name, work / name)
         if target.exists():

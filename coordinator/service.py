@@ -31,6 +31,7 @@ from . import corpus, web
 from .addresses import is_local
 from .assignment import StageNeed
 from .board import Board
+from .card import Facts, gathered
 from .doors import Doors
 from .events import RunOpened
 from .hub import Hub
@@ -55,9 +56,8 @@ def rules_of(config: RunConfig, manifest: Manifest) -> Rules:
     shape = Shape.of(model, manifest.vocab_size)
 
     def need(first: int, last: int) -> StageNeed:
-        work = (last - first) * 12 * model.d_model**2
-        work += model.d_model * manifest.vocab_size if last == model.layers else 0
-        return StageNeed(work=work, memory_gb=shape.size(first, last) * BYTES_PER_PARAMETER / GIGABYTE)
+        memory = shape.size(first, last) * BYTES_PER_PARAMETER
+        return StageNeed(work=shape.work(first, last), memory_gb=memory / GIGABYTE)
 
     divisions = (
         Division(layers=tuple(layers), needs=tuple(need(*stage) for stage in layers))
@@ -149,7 +149,11 @@ async def _running(
         board.publish(path.name)
         hub.put(Uploaded(step=step, path=str(path)))
 
-    publisher = Publisher(data_dir / "checkpoints", folder, config, manifest, published)
+    async def facts() -> Facts:
+        found: Facts = await hub.read(gathered, store, config.model.seq_len, run_id)
+        return found
+
+    publisher = Publisher(data_dir / "checkpoints", folder, config, manifest, published, card=facts)
     doors = Doors(
         hub,
         run_id=run_id,

@@ -18,6 +18,7 @@ import yaml
 from msgspec import Meta, Struct
 
 from .errors import ConfigError
+from .model_config import ModelConfig as ModelConfig
 from .sync_config import PRESETS as PRESETS
 from .sync_config import Count, Section, SyncConfig
 from .sync_config import Sync as Sync
@@ -32,16 +33,6 @@ Codec = Annotated[
     ),
 ]
 Port = Annotated[int, Meta(ge=0, le=65535)]
-
-
-class ModelConfig(Section, frozen=True, kw_only=True):
-    """A GPT-J shape. The vocabulary's size comes from the tokenizer."""
-
-    d_model: Annotated[int, Meta(ge=8, le=65536)] = 256
-    layers: Annotated[int, Meta(ge=1, le=1024)] = 4
-    heads: Annotated[int, Meta(ge=1, le=1024)] = 4
-    rotary_dim: Annotated[int, Meta(ge=2, le=1024)] = 32
-    seq_len: Annotated[int, Meta(ge=8, le=65536)] = 128
 
 
 class DataConfig(Section, frozen=True, kw_only=True):
@@ -211,17 +202,6 @@ class RunConfig(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         model, pipeline = self.model, self.pipeline
-        if model.d_model % model.heads:
-            raise ConfigError(
-                f"model.d_model {model.d_model} is not a multiple of model.heads {model.heads}",
-                hint="Change one of the two.",
-            )
-        if model.rotary_dim > model.d_model // model.heads or model.rotary_dim % 2:
-            raise ConfigError(
-                f"model.rotary_dim {model.rotary_dim} must be even and at most d_model / heads"
-                f" = {model.d_model // model.heads}",
-                hint="Lower model.rotary_dim.",
-            )
         if not (counts := pipeline.counts(model.layers)) or counts[0] > model.layers:
             raise ConfigError(
                 f"pipeline.stages {counts.start} exceeds model.layers {model.layers}",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from . import architecture
 from . import control_pb2 as pb
 from .config import ModelConfig
 from .errors import WireError
@@ -314,78 +315,71 @@ def is_whole(stages: tuple[StagePlan, ...]) -> bool:
     return bool(stages) and all(s.first_layer == end < s.last_layer for s, end in zip(stages, ends, strict=False))
 
 
-def split_layers(layers: int, stages: int, *, d_model: int, vocab_size: int) -> list[tuple[int, int]]:
-    """Cuts ``layers`` into contiguous stages of nearly equal work: the largest stage is as small as it can be.
-
-    Returns [first, last) for each stage.
-    """
-    return splits(layers, stages, d_model=d_model, vocab_size=vocab_size)[-1]
-
-
-def splits(layers: int, most: int, *, d_model: int, vocab_size: int) -> list[list[tuple[int, int]]]:
-    """The cut into 1, 2, ... ``most`` stages.
-
-    Work is counted in multiply-adds per token: 12 d^2 for a block (its attention scores left out), d V for the
-    output head, nothing for the embedding's look-up.
-    """
-    block = 12 * d_model * d_model
-    head = d_model * vocab_size
-    # best[s][n]: smallest possible maximum when the first n layers fill s stages.
-    best = [[float("inf")] * (layers + 1) for _ in range(most + 1)]
-    cut = [[0] * (layers + 1) for _ in range(most + 1)]
-    best[0][0] = 0.0
-    for s in range(1, most + 1):
-        for n in range(s, layers + 1):
-            for k in range(s - 1, n):
-                cost = (n - k) * block + (head if n == layers else 0)
-                worst = max(best[s - 1][k], cost)
-                if worst < best[s][n]:
-                    best[s][n], cut[s][n] = worst, k
-    found = []
-    for stages in range(1, most + 1):
-        ends = [layers]
-        for s in range(stages, 0, -1):
-            ends.append(cut[s][ends[-1]])
-        ends.reverse()
-        found.append(list(itertools.pairwise(ends)))
-    return found
-
-
-def stage_parameters(first: int, last: int, layers: int, *, d_model: int, vocab_size: int) -> int:
-    """Parameters of GPT-J layers [first, last) with what the first and the last stage hold besides."""
-    block = 4 * d_model**2 + 2 * 4 * d_model**2 + 4 * d_model + d_model + 2 * d_model
-    count = (last - first) * block
-    if first == 0:
-        count += vocab_size * d_model
-    if last == layers:
-        count += vocab_size * d_model + vocab_size + 2 * d_model
-    return count
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """A model as its stages see it: one flat vector of weights, the embedding first, layer after layer, the head last.
 
-    A stage's weights are the slice from its first layer's start to its last one's end.
+    A stage's weights are the slice from its first layer's start to its last one's end. Counts are of weights; *work*
+    is in multiply-adds per token.
     """
 
     layers: int
-    d_model: int
     vocab_size: int
+    embedding: int
+    block: int
+    head: int
+    block_work: int
+    head_work: int
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> Shape:
-        return cls(layers=model.layers, d_model=model.d_model, vocab_size=vocab_size)
+        parts = architecture.parts(model, vocab_size)
+        return cls(
+            layers=model.layers,
+            vocab_size=vocab_size,
+            embedding=architecture.weights(parts.embedding),
+            block=architecture.weights(parts.block),
+            head=architecture.weights(parts.head),
+            block_work=architecture.work(parts.block),
+            head_work=architecture.work(parts.head),
+        )
 
     def size(self, first: int, last: int) -> int:
-        """Weights of layers [first, last)."""
-        return stage_parameters(first, last, self.layers, d_model=self.d_model, vocab_size=self.vocab_size)
+        """Weights of layers [first, last), with what the first and the last stage hold besides."""
+        ends = (self.embedding if first == 0 else 0) + (self.head if last == self.layers else 0)
+        return (last - first) * self.block + ends
 
     def start(self, layer: int) -> int:
         """Weights before a layer: the embedding is layer 0's, the head the last one's."""
         return self.size(0, layer) if layer else 0
 
+    def work(self, first: int, last: int) -> int:
+        """Of layers [first, last): the attention scores are left out, the embedding's look-up is none."""
+        return (last - first) * self.block_work + (self.head_work if last == self.layers else 0)
+
+    def split(self, stages: int) -> list[tuple[int, int]]:
+        """Contiguous stages of nearly equal work, [first, last) of each: the largest is as small as it can be."""
+        return self.splits(range(stages, stages + 1))[0]
+
     def splits(self, counts: range) -> list[list[tuple[int, int]]]:
         """The layers of every stage, for each number of stages."""
-        found = splits(self.layers, counts[-1], d_model=self.d_model, vocab_size=self.vocab_size)
-        return [found[count - 1] for count in counts]
+        layers, most = self.layers, counts[-1]
+        extra = [0] * layers + [self.head_work]
+        # best[s][n]: smallest possible maximum when the first n layers fill s stages.
+        best = [[float("inf")] * (layers + 1) for _ in range(most + 1)]
+        cut = [[0] * (layers + 1) for _ in range(most + 1)]
+        best[0][0] = 0.0
+        for s in range(1, most + 1):
+            for n in range(s, layers + 1):
+                for k in range(s - 1, n):
+                    worst = max(best[s - 1][k], (n - k) * self.block_work + extra[n])
+                    if worst < best[s][n]:
+                        best[s][n], cut[s][n] = worst, k
+        found = []
+        for stages in counts:
+            ends = [layers]
+            for s in range(stages, 0, -1):
+                ends.append(cut[s][ends[-1]])
+            ends.reverse()
+            found.append(list(itertools.pairwise(ends)))
+        return found

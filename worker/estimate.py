@@ -15,7 +15,7 @@ from ..compression.registry import build
 from ..protocol.config import RunConfig
 from ..protocol.frames import Header, Kind, Purpose, TensorSpec, encode_header, message_lengths
 from ..protocol.meter import INTERNET
-from ..protocol.plan import split_layers, stage_parameters
+from ..protocol.plan import Shape
 from ..protocol.schedule import fragments, is_eval, is_round
 from .boundary import MARKS
 from .reference import FLIPPED
@@ -77,10 +77,9 @@ class Estimate:
 def estimate(config: RunConfig, vocab_size: int, replicas: int) -> Estimate:
     """Of a run with ``replicas`` of every stage."""
     pipeline, model, sync = config.pipeline, config.model, config.sync.resolved()
-    shape = {"d_model": model.d_model, "vocab_size": vocab_size}
+    shape = Shape.of(model, vocab_size)
     stages = pipeline.counts(model.layers)[0]  # where the coordinator chooses: the fewest
-    layers = split_layers(model.layers, stages, **shape)
-    sizes = [stage_parameters(a, b, model.layers, **shape) for a, b in layers]
+    sizes = [shape.size(*layers) for layers in shape.split(stages)]
     boundaries, steps = stages - 1, min(config.steps, LOOK_AHEAD)
     chain_tokens = pipeline.microbatches * pipeline.microbatch_size * model.seq_len
     tokens = chain_tokens * replicas

@@ -1,65 +1,55 @@
-"""A stage's part of GPT-J, built from transformers' own blocks under the names a checkpoint uses.
+"""A stage's part of a model, built from transformers' own blocks under the names a checkpoint uses.
 
 Shape letters: B samples, T positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPTJConfig
-from transformers.models.gptj.modeling_gptj import GPTJBlock
+from transformers import GPTJConfig, LlamaConfig, PreTrainedConfig
 
+from ..protocol import architecture
+from ..protocol.architecture import INIT_STD, NAMES
 from ..protocol.config import ModelConfig
 from ..protocol.schedule import draw
+from .blocks import View, block, final_norm, view_of
 from .layout import IGNORED, Layout
 
-INIT_STD = 0.02  # GPT-J's initializer_range
+CONFIGS = {"gptj": (GPTJConfig, "eager"), "llama": (LlamaConfig, "sdpa")}  # and the attention it is the same as on CPUs
 
 
-def hf_config(model: ModelConfig, vocab_size: int, eos_id: int = 0) -> GPTJConfig:
+def hf_config(model: ModelConfig, vocab_size: int, eos_id: int = 0) -> PreTrainedConfig:
     """The transformers configuration of this shape, as a published checkpoint carries it."""
-    return GPTJConfig(
-        vocab_size=vocab_size,
-        n_positions=model.seq_len,
-        n_embd=model.d_model,
-        n_layer=model.layers,
-        n_head=model.heads,
-        rotary_dim=model.rotary_dim,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=eos_id,
-        eos_token_id=eos_id,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
+    kind, attention = CONFIGS[model.architecture]
+    described = architecture.hf_config(model, vocab_size, eos_id)
+    return kind.from_dict(described, attn_implementation=attention)
 
 
 class StageModule(nn.Module):
-    """Layers [first, last) of GPT-J, with the embedding before layer 0 and the head after the last layer.
+    """Layers [first, last) of a model, with the embedding before layer 0 and the head after the last layer.
 
-    Parameter names equal those of ``GPTJForCausalLM``, so the stages' state dicts together are a checkpoint.
-    Every parameter is drawn from a seed of its own (run seed and name): any peer can make any layer.
+    Parameter names, shapes and order are those of :func:`~potluck.protocol.architecture.tensors`, so the stages' state
+    dicts together are a checkpoint. Every parameter is drawn from a seed of its own (run seed and name): any peer can
+    make any layer.
     """
 
     def __init__(self, model: ModelConfig, vocab_size: int, first: int, last: int, seed: int) -> None:
         super().__init__()
-        config = hf_config(model, vocab_size)
+        config, names = hf_config(model, vocab_size), NAMES[model.architecture]
+        self.model_config, self._names = model.resolved(), names
         self.is_first, self.is_last = first == 0, last == model.layers
-        self.transformer = nn.ModuleDict()
+        body = nn.ModuleDict()
         if self.is_first:
-            self.transformer["wte"] = nn.Embedding(vocab_size, model.d_model)
-        self.blocks = [GPTJBlock(config, layer_idx=i) for i in range(first, last)]
-        self.transformer["h"] = nn.ModuleDict(
-            {str(i): block for i, block in zip(range(first, last), self.blocks, strict=True)}
-        )
+            body[names.embedding] = nn.Embedding(vocab_size, model.d_model)
+        self.blocks = [block(self.model_config, config, i) for i in range(first, last)]
+        body[names.layers] = nn.ModuleDict({str(i): b for i, b in zip(range(first, last), self.blocks, strict=True)})
         if self.is_last:
-            self.transformer["ln_f"] = nn.LayerNorm(model.d_model, eps=config.layer_norm_epsilon)
-            self.lm_head = nn.Linear(model.d_model, vocab_size)
+            body[names.norm] = final_norm(self.model_config)
+        self.add_module(names.root, body)
+        if self.is_last:
+            self.lm_head = nn.Linear(model.d_model, vocab_size, bias=model.architecture == "gptj")
         self._initialize(seed)
 
     @torch.no_grad()
@@ -67,7 +57,7 @@ class StageModule(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif ".ln_" in name:
+            elif parameter.dim() == 1:  # of a norm
                 parameter.fill_(1.0)
             else:
                 generator = torch.Generator().manual_seed(draw(seed, "init", name) % 2**63)
@@ -76,13 +66,26 @@ class StageModule(nn.Module):
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """Token ids [B, T] (first stage) or hidden states [B, T, D] to hidden states [B, T, D].
 
-        The last stage's output is normalized (``ln_f``) but not yet projected: see :meth:`logits`.
+        ``layout``: where documents and prefixes lie; None: every sequence is one document, causal.
+        The last stage's output is normalized but not yet projected: see :meth:`logits`.
         """
-        hidden_BTD = self.transformer["wte"](x) if self.is_first else x
-        mask, positions = causal_mask(hidden_BTD.shape[1], hidden_BTD.device)
-        for block in self.blocks:
-            hidden_BTD = block(hidden_BTD, attention_mask=mask, position_ids=positions)[0]
-        return self.transformer["ln_f"](hidden_BTD) if self.is_last else hidden_BTD
+        hidden_BTD = self.embedded(x)
+        view = self.view(hidden_BTD, layout)
+        for each in self.blocks:
+            hidden_BTD = each(hidden_BTD, view)
+        return self.normalized(hidden_BTD)
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """The first stage's ids [B, T] as hidden states [B, T, D]; hidden states as they are."""
+        return self.get_submodule(f"{self._names.root}.{self._names.embedding}")(x) if self.is_first else x
+
+    def view(self, hidden_BTD: Tensor, layout: Layout | None = None) -> View:
+        """What all blocks need of a batch, made once."""
+        return view_of(self.model_config, hidden_BTD, layout)
+
+    def normalized(self, hidden_BTD: Tensor) -> Tensor:
+        """The last stage's final norm; of other stages, hidden states as they are."""
+        return self.get_submodule(f"{self._names.root}.{self._names.norm}")(hidden_BTD) if self.is_last else hidden_BTD
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Last stage only: normalized hidden states to logits [B, T, V]."""
@@ -92,14 +95,6 @@ class StageModule(nn.Module):
         """Cross-entropy summed over the targets that are not ``IGNORED``; a scalar in fp32."""
         logits = self.logits(hidden_BTD).float()
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-@functools.lru_cache(maxsize=8)
-def causal_mask(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Additive mask [1, 1, T, T] (0 = may look, the smallest float = may not) and position ids [1, T]."""
-    future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-    mask = torch.zeros(length, length, device=device).masked_fill(future, torch.finfo(torch.float32).min)
-    return mask[None, None], torch.arange(length, device=device)[None]
 
 
 def bell_shaped(n: int, generator: torch.Generator) -> Tensor:

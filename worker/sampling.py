@@ -13,7 +13,7 @@ def write(folder: Path, prompt: str, tokens: int, seed: int) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    room = model.config.n_positions - ids.shape[1]
+    room = model.config.max_position_embeddings - ids.shape[1]
     torch.manual_seed(seed)
     with torch.inference_mode():
         out = model.generate(

@@ -90,6 +90,7 @@ def pretend() -> None:
     import torch
     from torch import Tensor
 
+    from potluck.worker.layout import Layout
     from potluck.worker.model import StageModule
     from potluck.worker.stage import Stage
 
@@ -100,10 +101,10 @@ def pretend() -> None:
         start = int(torch.randint(len(pool) - n, (1,), generator=generator))
         return pool[start : start + n]
 
-    def forward(self: StageModule, x: Tensor) -> Tensor:
+    def forward(self: StageModule, x: Tensor, layout: Layout | None = None) -> Tensor:
         anchor = 0.0 * next(self.parameters()).flatten()[0]
         if self.is_first:
-            shape = (*x.shape, self.transformer["wte"].embedding_dim)
+            shape = (*x.shape, self.model_config.d_model)
             return noise(x.numel() * shape[-1]).view(shape) + anchor
         return x + anchor
 

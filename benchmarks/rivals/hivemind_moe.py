@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from potluck.protocol.plan import split_layers
+from potluck.protocol.plan import Shape
 
 from .model import Part, adamw, begin, end, rendezvous, set_rate, snapshot
 from .swarm_dht import join
@@ -86,7 +86,7 @@ def serve(host: Host, dht: Any, stage: int, stages: int) -> Any:
 
     shape, name = host.run.model, {"8bit": "UNIFORM_8BIT", "fp16": "FLOAT16", "none": "NONE"}
     codec = CompressionType.Value(name[host.options.compression])
-    cuts = split_layers(shape.layers, stages, d_model=shape.d_model, vocab_size=host.vocab_size)
+    cuts = Shape.of(shape, host.vocab_size).split(stages)
     part = Part(host.run, host.vocab_size, *cuts[stage], host.pace)
     ids = BatchTensorDescriptor(shape.seq_len, dtype=torch.int64)
     hidden = BatchTensorDescriptor(

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from potluck.protocol.config import ModelConfig, RunConfig
-from potluck.worker.model import StageModule, causal_mask
+from potluck.protocol.plan import Shape
+from potluck.worker.layout import Layout
+from potluck.worker.model import StageModule
 from potluck.worker.stage import learning_rate
 
 from .pace import Pace
@@ -47,18 +49,18 @@ class Part(StageModule):
         self.pace, self.microbatch_size = pace, run.pipeline.microbatch_size
         self.block_share, self.head_share = shares(run.model, vocab_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """Token ids [B, T] or hidden states [B, T, D] to hidden states [B, T, D], as :class:`StageModule` has it."""
         pace, work = self.pace, self.block_share * self._microbatches(x)
         pace.start()
-        hidden_BTD = self.transformer["wte"](x) if self.is_first else x
-        mask, positions = causal_mask(hidden_BTD.shape[1], hidden_BTD.device)
+        hidden_BTD = self.embedded(x)
+        view = self.view(hidden_BTD, layout)
         for block in self.blocks:
             hidden_BTD = _Mark.apply(hidden_BTD, _nothing, lambda: pace.finish(work * (1 - pace.FORWARD)))
-            hidden_BTD = block(hidden_BTD, attention_mask=mask, position_ids=positions)[0]
+            hidden_BTD = block(hidden_BTD, view)
             pace.finish(work * pace.FORWARD)
         if self.is_last:
-            return self.transformer["ln_f"](hidden_BTD)
+            return self.normalized(hidden_BTD)
         return _Mark.apply(hidden_BTD, _nothing, pace.start)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
@@ -88,10 +90,10 @@ def _nothing() -> None:
 
 
 def shares(model: ModelConfig, vocab_size: int) -> tuple[float, float]:
-    """A block's and the output head's share of the whole model's work, as ``split_layers`` counts it."""
-    block, head = 12 * model.d_model**2, model.d_model * vocab_size
-    total = model.layers * block + head
-    return block / total, head / total
+    """A block's and the output head's share of the whole model's work, as :class:`Shape` counts it."""
+    shape = Shape.of(model, vocab_size)
+    total = shape.work(0, model.layers)
+    return shape.block_work / total, shape.head_work / total
 
 
 def adamw(parameters: Iterable[Tensor], run: RunConfig) -> torch.optim.AdamW:

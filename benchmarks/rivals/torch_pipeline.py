@@ -16,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from potluck.protocol.plan import split_layers
+from potluck.protocol.plan import Shape
 
 from .model import Part, Sketch, adamw, begin, end, rendezvous, set_rate, snapshot
 from .task import Host, arrive, to_the_end
@@ -46,7 +46,7 @@ def main() -> None:
     stage, replica = divmod(host.rank, replicas)
     pipes = [dist.new_group([s * replicas + r for s in range(stages)]) for r in range(replicas)]
     peers = [dist.new_group([s * replicas + r for r in range(replicas)]) for s in range(stages)]
-    cuts = split_layers(config.model.layers, stages, d_model=config.model.d_model, vocab_size=host.vocab_size)
+    cuts = Shape.of(config.model, host.vocab_size).split(stages)
     part = Part(config, host.vocab_size, *cuts[stage], host.pace)
     piece: nn.Module = Piece(part)
     if replicas > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import msgspec
@@ -10,12 +11,12 @@ import pytest
 from manifests import manifest
 
 from potluck.coordinator.publish import Publisher
+from potluck.protocol.architecture import tensors
 from potluck.protocol.config import ModelConfig, PipelineConfig, RunConfig
 from potluck.protocol.errors import WireError
-from potluck.protocol.plan import stage_parameters
 
 MODEL = ModelConfig(d_model=8, layers=1, heads=1, rotary_dim=2, seq_len=8)
-COUNT = stage_parameters(0, 1, 1, d_model=8, vocab_size=300)
+STAGE = tensors(MODEL, 300, 0, 1)
 
 MANIFEST = manifest(8, 1, 8)
 
@@ -25,8 +26,21 @@ def stage_file(header: object, nbytes: int = 0) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(nbytes)
 
 
-def tensor(start: int, count: int, dtype: str = "F32") -> dict[str, object]:
-    return {"dtype": dtype, "shape": [count], "data_offsets": [start, start + 4 * count]}
+def stage(shapes: dict[str, tuple[int, ...]], name: str = "", **changes: object) -> bytes:
+    """A stage's file; the entry of ``name`` is changed, or left out by ``changes`` that are none."""
+    header: dict[str, dict[str, object]] = {}
+    end = 0
+    for each, shape in shapes.items():
+        header[each] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + 4 * math.prod(shape)]}
+        end += 4 * math.prod(shape)
+    if name and not changes:
+        del header[name]
+    elif name:
+        header[name].update(changes)
+    return stage_file(header, end)
+
+
+LAST, NORM = "lm_head.bias", "transformer.ln_f.weight"
 
 
 @pytest.mark.parametrize(
@@ -37,11 +51,19 @@ def tensor(start: int, count: int, dtype: str = "F32") -> dict[str, object]:
         stage_file([1, 2]),
         stage_file({"w": 5}),
         stage_file({"w": {"dtype": "F32"}}),
-        stage_file({"w": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}),
-        stage_file({"w": tensor(0, COUNT, dtype="F16")}),
-        stage_file({"w": tensor(0, COUNT - 1)}),
-        stage_file({"w": tensor(4, COUNT)}),
-        stage_file({"v": tensor(0, 10), "w": tensor(20, COUNT - 10)}),
+        stage(STAGE, LAST),
+        stage({**STAGE, "more": (1,)}),
+        stage({**{name: shape for name, shape in STAGE.items() if name != LAST}, "other": (300,)}),
+        stage({**STAGE, LAST: (299,)}),
+        stage({**STAGE, LAST: (300, 1)}),
+        stage(STAGE, LAST, dtype="F16"),
+        stage(STAGE, LAST, shape=["x"]),
+        stage(STAGE, LAST, shape=[300.0]),
+        stage(STAGE, LAST, shape=300),
+        stage(STAGE, LAST, data_offsets=[0, 1200]),
+        stage(STAGE, NORM, data_offsets=None),
+        stage(STAGE)[:-1],
+        stage(STAGE) + b"x",
     ],
 )
 async def test_an_upload_that_is_no_stage_is_refused(data: bytes, tmp_path: Path) -> None:
@@ -67,11 +89,10 @@ async def test_uploads_of_two_generations_are_never_one_model(tmp_path: Path) ->
 
     publisher = Publisher(tmp_path / "out", tmp_path, RunConfig(model=model), MANIFEST, published)
 
-    async def upload(generation: int, stage: int) -> None:
-        count = stage_parameters(*layers[stage], 2, d_model=8, vocab_size=300)
+    async def upload(generation: int, number: int) -> None:
         publisher.begin(3, generation, layers)
-        publisher.part(3, stage).write_bytes(stage_file({f"w{stage}": tensor(0, count)}, 4 * count))
-        await publisher.arrived(3, stage)
+        publisher.part(3, number).write_bytes(stage(tensors(model, 300, *layers[number])))
+        await publisher.arrived(3, number)
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}", encoding="utf-8")
@@ -96,14 +117,13 @@ async def test_a_coordinator_started_again_goes_on_collecting(arrived: int, tmp_
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}", encoding="utf-8")
     first.begin(3, 1, layers)
-    for stage, (a, b) in enumerate(layers):
-        count = stage_parameters(a, b, 2, d_model=8, vocab_size=300)
-        first.part(3, stage).write_bytes(stage_file({f"w{stage}": tensor(0, count)}, 4 * count))
+    for number, (a, b) in enumerate(layers):
+        first.part(3, number).write_bytes(stage(tensors(config.model, 300, a, b)))
     if arrived == 1:
         await first.arrived(3, 0)
     else:
-        for stage in range(2):
-            first.part(3, stage).rename(first.part(3, stage).with_suffix(""))
+        for number in range(2):
+            first.part(3, number).rename(first.part(3, number).with_suffix(""))
     await second.resume(3, 1, layers)
     if arrived == 1:
         assert not done

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 
-from potluck.protocol.config import RunConfig, dump, parse
+from potluck.protocol.config import ModelConfig, RunConfig, dump, parse
 from potluck.protocol.errors import ConfigError, WireError
-from potluck.protocol.plan import Plan, Replica, Shape, StagePlan, split_layers
+from potluck.protocol.plan import Plan, Replica, Shape, StagePlan
 
-SHAPE = Shape(layers=7, d_model=16, vocab_size=300)
+SHAPE = Shape.of(ModelConfig(layers=7, d_model=16), 300)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_fixed_number_is_the_default() -> None:
 
 def test_all_cuts_are_those_of_each_number_by_itself() -> None:
     for count, cut in zip(range(1, 8), SHAPE.splits(range(1, 8)), strict=True):
-        assert cut == split_layers(7, count, d_model=16, vocab_size=300)
+        assert cut == SHAPE.split(count)
         assert [a for a, _ in cut] == [0, *(b for _, b in cut[:-1])] and cut[-1][1] == 7
 
 

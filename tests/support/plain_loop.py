@@ -1,10 +1,10 @@
-"""What a run must equal: the plain PyTorch loop over stock GPT-J, in one process."""
+"""What a run must equal: the plain PyTorch loop over a stock model, in one process."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-from transformers import GPTJForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from potluck.protocol.config import RunConfig
 from potluck.protocol.manifest import Manifest
@@ -13,9 +13,10 @@ from potluck.worker.model import StageModule, hf_config
 from potluck.worker.stage import learning_rate
 
 
-def stock_model(config: RunConfig, manifest: Manifest) -> GPTJForCausalLM:
-    """Transformers' own GPT-J with the run's initial weights."""
-    model = GPTJForCausalLM(hf_config(config.model, manifest.vocab_size, manifest.eos_id))
+def stock_model(config: RunConfig, manifest: Manifest) -> PreTrainedModel:
+    """Transformers' own model with the run's initial weights."""
+    described = hf_config(config.model, manifest.vocab_size, manifest.eos_id)
+    model = AutoModelForCausalLM.from_config(described, attn_implementation=described._attn_implementation)
     whole = StageModule(config.model, manifest.vocab_size, 0, config.model.layers, config.seed)
     model.load_state_dict(whole.state_dict())
     return model
@@ -34,7 +35,7 @@ def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 
 def train_step(
-    model: GPTJForCausalLM, optimizer: torch.optim.AdamW, data: Dataset, config: RunConfig, step: int, start: int
+    model: PreTrainedModel, optimizer: torch.optim.AdamW, data: Dataset, config: RunConfig, step: int, start: int
 ) -> tuple[float, int]:
     """One ordinary step over the microbatches from sample ``start`` on; (summed loss, targets)."""
     size, loss_sum, targets = config.pipeline.microbatch_size, 0.0, 0

@@ -151,7 +151,8 @@ def test_replicas_that_make_different_stages_do_not_begin(local_run, make_config
 
 @pytest.mark.parametrize("cut", [[0, 4], [0, 1, 4], [0, 3, 4], [0, 1, 2, 3, 4]])
 def test_a_divided_state_has_every_layer_as_it_was(make_config, cut):
-    config, shape = make_config(), Shape(layers=4, d_model=32, vocab_size=300)
+    config = make_config()
+    shape = Shape.of(config.model, 300)
 
     def state(first: int, last: int, *, moments: bool = True) -> State:
         stage = Stage(config, 300, first, last)

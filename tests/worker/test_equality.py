@@ -7,16 +7,28 @@ from pathlib import Path
 import pytest
 import torch
 from plain_loop import adamw, stock_model, train_step
-from transformers import GPTJForCausalLM
 
 from potluck.coordinator import events
 from potluck.worker.data import Dataset
 
+LLAMA = {"architecture": "llama", "kv_heads": 1, "d_ff": 64, "rotary_dim": 0}
 
-@pytest.mark.parametrize("stages", [1, 2, 4])
-@pytest.mark.parametrize("recompute", [True, False])
-def test_one_chain_equals_the_plain_loop(local_run, make_config, corpus_folder, stages, recompute):
-    config = make_config(steps=5, pipeline={"stages": stages, "recompute": recompute}, coordinator={"wait_for": stages})
+
+@pytest.mark.parametrize(
+    ("stages", "recompute", "model"),
+    [
+        *((stages, recompute, {}) for stages in (1, 2, 4) for recompute in (True, False)),
+        (2, True, LLAMA),
+        (4, False, LLAMA),
+    ],
+)
+def test_one_chain_equals_the_plain_loop(local_run, make_config, corpus_folder, stages, recompute, model):
+    config = make_config(
+        steps=5,
+        model=model,
+        pipeline={"stages": stages, "recompute": recompute},
+        coordinator={"wait_for": stages},
+    )
     ours = local_run(config)
     ours.join(*[f"peer{i}" for i in range(stages)])
     ours.finish()
@@ -120,7 +132,8 @@ def test_a_late_round_keeps_what_was_trained_meanwhile(local_run, make_config):
         assert torch.equal(tensor, results[2][name]), name
 
 
-def test_export_gives_the_runs_own_logits(local_run, make_config, corpus_folder, tmp_path: Path):
+@pytest.mark.parametrize("model", [{}, LLAMA], ids=["gptj", "llama"])
+def test_export_gives_the_runs_own_logits(local_run, make_config, corpus_folder, tmp_path: Path, model):
     """The folder a run publishes, in stock transformers, against the run's own stages."""
     import asyncio
 
@@ -128,7 +141,7 @@ def test_export_gives_the_runs_own_logits(local_run, make_config, corpus_folder,
 
     from potluck.coordinator.publish import Publisher
 
-    config = make_config(steps=3)
+    config = make_config(steps=3, model=model)
     ours = local_run(config)
     ours.join("a", "b")
     ours.finish()
@@ -147,7 +160,7 @@ def test_export_gives_the_runs_own_logits(local_run, make_config, corpus_folder,
 
     asyncio.run(publish())
     model = AutoModelForCausalLM.from_pretrained(done[0])
-    assert isinstance(model, GPTJForCausalLM)
+    assert model.config.model_type == config.model.architecture
     tokenizer = AutoTokenizer.from_pretrained(done[0])
     ids = tokenizer("the quick brown fox jumps", return_tensors="pt").input_ids[:, :16]
 

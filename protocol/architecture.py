@@ -1,0 +1,133 @@
+"""What the tensors of an architecture are, by name, shape and order, and its ``config.json``: as transformers has them.
+
+The one place that counts weights and work: no torch here. A new architecture is a branch in each function, and its
+block in ``worker/blocks.py``. Letters in shapes: D width, V vocabulary, F inside the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .model_config import ModelConfig
+
+INIT_STD = 0.02  # initializer_range of both
+TITLES = {"gptj": "GPT-J", "llama": "Llama"}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Names(NamedTuple):
+    """What the parts are called in a checkpoint: ``ROOT.EMBEDDING``, ``ROOT.LAYERS.0``, ``ROOT.NORM``, ``lm_head``."""
+
+    root: str
+    embedding: str
+    layers: str
+    norm: str
+
+
+NAMES = {
+    "gptj": Names("transformer", "wte", "h", "ln_f"),
+    "llama": Names("model", "embed_tokens", "layers", "norm"),
+}
+
+
+class Parts(NamedTuple):
+    """The tensors of a model in the order of its flat vector; those of a block by their names inside it."""
+
+    embedding: Shapes
+    block: Shapes
+    head: Shapes
+
+
+def parts(model: ModelConfig, vocab_size: int) -> Parts:
+    m, v, names = model.resolved(), vocab_size, NAMES[model.architecture]
+    d, f, kv = m.d_model, m.d_ff, m.kv_heads * m.head_dim
+    norm, block, head = f"{names.root}.{names.norm}", Shapes(), Shapes()
+    if m.architecture == "gptj":
+        block |= {"ln_1.weight": (d,), "ln_1.bias": (d,)}
+        block |= {f"attn.{name}_proj.weight": (d, d) for name in ("k", "v", "q", "out")}
+        block |= {"mlp.fc_in.weight": (f, d), "mlp.fc_in.bias": (f,)}
+        block |= {"mlp.fc_out.weight": (d, f), "mlp.fc_out.bias": (d,)}
+        head |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,), "lm_head.weight": (v, d), "lm_head.bias": (v,)}
+    else:
+        block |= {"self_attn.q_proj.weight": (d, d), "self_attn.k_proj.weight": (kv, d)}
+        block |= {"self_attn.v_proj.weight": (kv, d), "self_attn.o_proj.weight": (d, d)}
+        block |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
+        block |= {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
+        head |= {f"{norm}.weight": (d,), "lm_head.weight": (v, d)}
+    return Parts({f"{names.root}.{names.embedding}.weight": (v, d)}, block, head)
+
+
+def tensors(model: ModelConfig, vocab_size: int, first: int, last: int) -> Shapes:
+    """Names and shapes of layers [first, last), in the order of the flat vector, with the embedding before layer 0 and
+    the head after the last layer: what a stage's part of a checkpoint holds."""
+    found, names = parts(model, vocab_size), NAMES[model.architecture]
+    out = Shapes(found.embedding) if first == 0 else Shapes()
+    for i in range(first, last):
+        out |= {f"{names.root}.{names.layers}.{i}.{name}": shape for name, shape in found.block.items()}
+    return out | found.head if last == model.layers else out
+
+
+def weights(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def work(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Multiply-adds of a token: every number of a matrix once (of an embedding this is not true: it is looked up)."""
+    return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+
+
+def hf_config(model: ModelConfig, vocab_size: int, eos_id: int, *, prefix_lm: bool = False) -> dict[str, Any]:
+    """``config.json`` of the whole model. ``prefix_lm``: what stock transformers reads at once, as a prompt or as a
+    sequence to be scored, all sees all, and what it generates sees what was before.
+
+    No padding id: transformers would leave that word's embedding out of any later training of a Llama.
+    """
+    m = model.resolved()
+    common = {
+        "vocab_size": vocab_size,
+        "initializer_range": INIT_STD,
+        "tie_word_embeddings": False,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "dtype": "float32",
+        "use_cache": True,
+        **({"is_causal": False} if prefix_lm else {}),
+    }
+    if m.architecture == "gptj":
+        return {
+            "architectures": ["GPTJForCausalLM"],
+            "model_type": "gptj",
+            "n_positions": m.seq_len,
+            "n_embd": m.d_model,
+            "n_layer": m.layers,
+            "n_head": m.heads,
+            "n_inner": m.d_ff,
+            "rotary_dim": m.rotary_dim,
+            "activation_function": "gelu_new",
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "layer_norm_epsilon": m.norm_eps,
+            **common,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": m.seq_len,
+        "hidden_size": m.d_model,
+        "num_hidden_layers": m.layers,
+        "num_attention_heads": m.heads,
+        "num_key_value_heads": m.kv_heads,
+        "head_dim": m.head_dim,
+        "intermediate_size": m.d_ff,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
+        "rms_norm_eps": m.norm_eps,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        **common,
+    }
