@@ -15,8 +15,8 @@ from transformers.models.gptj.modeling_gptj import GPTJBlock
 
 from ..protocol.config import ModelConfig
 from ..protocol.schedule import draw
+from .packing import IGNORED as IGNORED
 
-IGNORED = -100  # target that no loss is taken on
 INIT_STD = 0.02  # GPT-J's initializer_range
 
 
