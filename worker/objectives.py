@@ -45,8 +45,8 @@ def make_sample(
     check_denoising(objective, special)
     random = Random(key)
     packer = Packer(len(row) - 1, special.pad)
-    row = row.astype(np.int64)
-    text = row[: _n_text(row, special)]
+    tokens = row.astype(np.int64)
+    text = tokens[: _n_text(tokens, special)]
     kind = objective.kind
     if kind == "answers" and (answers is None or not answers[: len(text)].any()):
         kind = "prefix"
