@@ -44,14 +44,14 @@ def holds(packed: Packed, special: Special, length: int) -> None:
     assert not is_prefix[n_used:].any()
     for number in range(1, len(modes) + 1):
         here = np.flatnonzero(segments == number)
-        given = int(is_prefix[here].sum())
-        assert is_prefix[here[:given]].all()
+        n_given = int(is_prefix[here].sum())
+        assert is_prefix[here[:n_given]].all()
         learned = here[targets[here] != IGNORED]
-        assert len(learned) and learned[0] >= here[0] + max(given - 1, 0)
+        assert len(learned) and learned[0] >= here[0] + max(n_given - 1, 0)
         inside = learned[learned < here[-1]]
         assert np.array_equal(targets[inside], tokens[inside + 1])
         if modes[number - 1] != "answers":
-            assert np.array_equal(learned, here[max(given - 1, 0) :])
+            assert np.array_equal(learned, here[max(n_given - 1, 0) :])
 
 
 def same(one: Packed, other: Packed) -> bool:
@@ -89,7 +89,7 @@ def test_every_sample_is_sound_and_a_function_of_its_key(row, objective, special
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiny_rows_of_every_make(kind: str) -> None:
-    """All rows of nine tokens that are words and eos, with padding behind: every tiny document, all eos, all padding."""
+    """All rows of nine tokens that are words and eos, padded: every tiny document, all eos, all padding."""
     objective = Objective(kind=kind)
     texts = [text for n in range(10) for text in product((10, EOS), repeat=n)]
     for place, text in enumerate(texts):
