@@ -116,15 +116,11 @@ def test_modes_are_dropped_at_their_rate() -> None:
     assert abs(n_dropped - 900) < 4 * np.sqrt(3000 * 0.3 * 0.7)
 
 
-def kind_of(mode: str, targets: list[int], denoisers: tuple[Denoiser, ...], n: int) -> Denoiser:
-    """Which denoiser of a mixture made the example of n words: they differ in tokens and spans cut out."""
-    if mode == "S":
-        return next(one for one in denoisers if one.mode == "S")
-    n_spans = sum(token in SENTINELS for token in targets)
-    cut = (len(targets) - n_spans - 1, n_spans)
-    (found,) = [
-        one for one in denoisers if one.mode == mode and cut in [(one.noise(n)[0], one.noise(n)[1] + k) for k in (0, 1)]
-    ]
+def cuts(denoisers: tuple[Denoiser, ...], n: int) -> dict[tuple[str, int, int], Denoiser]:
+    """Which denoiser of a mixture cuts this many tokens in this many spans out of n: no two do the same."""
+    spanning = [(one, *one.noise(n), turned) for one in denoisers if one.mode != "S" for turned in (0, 1)]
+    found = {(one.mode, n_noise, n_spans + turned): one for one, n_noise, n_spans, turned in spanning}
+    assert len(found) == len(spanning)
     return found
 
 
@@ -135,10 +131,14 @@ SENTINELS = frozenset(SPECIAL.sentinels)
 def test_denoisers_come_at_their_rates(kind: str, denoisers: tuple[Denoiser, ...], n: int) -> None:
     n_draws = 20_000 if kind == "ul2r" else 7_000
     row = np.concatenate([10 + np.arange(n), [EOS], np.full(n, PAD)])
+    by_cut, split = cuts(denoisers, n), next(one for one in denoisers if one.mode == "S")
     counts: Counter[Denoiser] = Counter()
     for key in range(n_draws):
-        ((mode, _, targets),) = examples(make_sample(row, None, Objective(kind=kind), SPECIAL, (key,)))
-        counts[kind_of(mode, targets, denoisers, n)] += 1
+        packed = make_sample(row, None, Objective(kind=kind), SPECIAL, (key,))
+        n_spans = int(np.count_nonzero(packed.targets >= SPECIAL.sentinels[0]))
+        n_noise = int(np.count_nonzero(packed.targets != IGNORED)) - n_spans - 1
+        (mode,) = packed.modes
+        counts[split if mode == "S" else by_cut[mode, n_noise, n_spans]] += 1
     total = sum(one.rate for one in denoisers)
     for one in denoisers:
         share = one.rate / total
