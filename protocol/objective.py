@@ -3,9 +3,10 @@
 ``causal``: every token from those before it. ``prefix``: a document is split at random, the part before is given and
 seen whole, the rest are targets; ``short_prefix`` of them have a prefix of less than 20 tokens, which keeps writing
 from nothing alive (GPT-JT). ``answers``: of rendered instructions the answers are targets, everything before the
-first of them is given. ``ul2r``: a mixture of denoisers (UL2R, arXiv 2210.11399) at the rates of Levanter's re-
-creation: half S (a split), a quarter R (short spans, 15 %), an eighth each X with long spans and X with half of the
-tokens gone. ``ul2``: the seven of UL2 (arXiv 2205.05131, table 1), uniformly.
+first of them is given; a row without answers is learned as with ``prefix``. ``ul2r``: a mixture of denoisers (UL2R,
+arXiv 2210.11399) at the rates of Levanter's re-creation: half S (a split, as with ``prefix``), a quarter R (15 % in
+short spans), an eighth each X with long spans and X with half of the tokens gone. ``ul2``: the seven of UL2 (arXiv
+2205.05131, table 1), uniformly.
 """
 
 from __future__ import annotations

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORED = -100  # target that no loss is taken on
-
 
 class Layout(NamedTuple):
     """``segments``: int16 [B, T], the number of each position's document in its sequence, from 1, never falling; 0 is

@@ -15,7 +15,8 @@ from ..protocol.architecture import INIT_STD, NAMES
 from ..protocol.config import ModelConfig
 from ..protocol.schedule import draw
 from .blocks import View, block, final_norm, view_of
-from .layout import IGNORED, Layout
+from .layout import Layout
+from .packing import IGNORED
 
 CONFIGS = {"gptj": (GPTJConfig, "eager"), "llama": (LlamaConfig, "sdpa")}  # and the attention it is the same as on CPUs
 

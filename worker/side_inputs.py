@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..protocol.errors import WireError
 from ..protocol.frames import TensorSpec
-from .layout import IGNORED, Layout
+from .layout import Layout
+from .packing import IGNORED
 
 IDS = {"ids16": "<u2", "ids32": "<u4"}  # token ids plus one, so that 0 says IGNORED
 LAYOUT = "layout"  # of every sequence: how many documents, and of each the length of its prefix and of the rest

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from potluck.protocol.errors import WireError
 from potluck.protocol.frames import TensorSpec
-from potluck.worker.layout import IGNORED, Layout
+from potluck.worker.layout import Layout
+from potluck.worker.packing import IGNORED
 from potluck.worker.side_inputs import decode_ids, decode_layout, encode_ids, encode_layout, layout_nbytes
 
 LENGTH = 12
