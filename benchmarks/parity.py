@@ -94,7 +94,7 @@ def pretrain(folder: Path) -> float:
         stage = Stage(config, data.manifest.vocab_size, 0, config.model.layers)
         mean = 0.0
         for step in range(BASE_STEPS):
-            ids, targets = data.batch(range(step * BASE_BATCH, (step + 1) * BASE_BATCH), config.seed)
+            ids, targets, _ = data.batch(range(step * BASE_BATCH, (step + 1) * BASE_BATCH), config.seed)
             loss = stage.module.loss_sum(stage.module(ids), targets)
             loss.backward()
             stage.update(targets.numel())

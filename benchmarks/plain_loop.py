@@ -32,7 +32,7 @@ def main() -> None:
         if step == warmup:
             started = time.perf_counter()
         for _ in range(run.pipeline.microbatches):
-            inputs, targets = data.batch(range(index, index + size), run.seed)
+            inputs, targets, _ = data.batch(range(index, index + size), run.seed)
             index += size
             logits = model(inputs, use_cache=False).logits
             F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()

@@ -62,7 +62,7 @@ def trained_here(steps: int, d_model: int, seed: int, say: Say) -> Iterator[Real
         index = count()
 
         def forward_backward() -> tuple[Tensor, float]:
-            inputs, targets = data.batch([next(index) for _ in range(SAMPLES)], seed)
+            inputs, targets, _ = data.batch([next(index) for _ in range(SAMPLES)], seed)
             hidden = first(inputs)
             hidden.retain_grad()
             loss = last.loss_sum(last(hidden), targets) / targets.numel()

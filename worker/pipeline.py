@@ -218,7 +218,7 @@ class Pipeline:
         failpoint("worker.forward", torch.OutOfMemoryError)
         if frame is None:
             assert self.data is not None, "the first stage needs the corpus"
-            source, targets = self.data.batch(self.seat.plan.samples(*lane), self.config.seed)
+            source, targets, _ = self.data.batch(self.seat.plan.samples(*lane), self.config.seed)
         else:
             found = self.boundary.received(frame, attempt=int(lane in self._asked))
             if found is None:
@@ -375,7 +375,7 @@ class Pipeline:
             assert self.data is not None, "the first stage needs the corpus"
             size = self.config.pipeline.microbatch_size
             indices = range(m * size, min((m + 1) * size, self.config.eval.samples))
-            source, targets = self.data.heldout_batch([i % self.data.manifest.n_heldout for i in indices])
+            source, targets, _ = self.data.heldout_batch([i % self.data.manifest.n_heldout for i in indices])
         else:
             plan = self.seat.plan
             behind = plan.peer_of(self.seat.stage - 1, self._lane(m))

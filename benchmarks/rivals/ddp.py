@@ -29,7 +29,7 @@ def main() -> None:
         mine, total = host.task.share(step, host.rank, host.world), 0.0
         for i, indices in enumerate(mine):
             with nullcontext() if i == len(mine) - 1 else model.no_sync():
-                loss = model(*host.data.batch(indices, host.run.seed)) / len(mine)
+                loss = model(*host.data.batch(indices, host.run.seed)[:2]) / len(mine)
                 loss.backward()
                 total += float(loss.detach())
         optimizer.step()

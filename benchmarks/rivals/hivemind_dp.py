@@ -146,7 +146,7 @@ def train(host: Host, model: Whole, optimizer: Any, heard: Heard) -> None:
     own: list[list[float]] = []  # sketches of this epoch's local gradients
     for step in itertools.count():
         for indices in host.task.share(step, host.rank, host.world):
-            loss = model(*host.data.batch(indices, host.run.seed))
+            loss = model(*host.data.batch(indices, host.run.seed)[:2])
             loss.backward()
             losses.append(float(loss.detach()))
             own.append(sketch(p.grad for p in model.parameters() if p.grad is not None))

@@ -149,7 +149,7 @@ def train(host: Host, dht: Any, store: dist.Store, trainers: list[int], stages: 
     count, me = host.task.microbatches_per_step, trainers.index(host.rank)
 
     def pass_through(indices: range) -> float:
-        x, targets = host.data.batch(indices, host.run.seed)
+        x, targets, _ = host.data.batch(indices, host.run.seed)
         for expert in experts[:-1]:
             x = expert(x)
         loss = experts[-1](x, targets).mean()

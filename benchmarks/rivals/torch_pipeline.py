@@ -69,7 +69,7 @@ def train(host: Host, stage: int, replica: int, part: Part, schedule: Any) -> No
         set_rate(optimizer, host.run, step)
         mine = task.share(step, replica, task.replicas)
         losses: list[Tensor] = []
-        ids, targets = host.data.batch([i for indices in mine for i in indices], host.run.seed)
+        ids, targets, _ = host.data.batch([i for indices in mine for i in indices], host.run.seed)
         schedule.step(
             *([ids] if part.is_first else []),
             target=targets if part.is_last else None,

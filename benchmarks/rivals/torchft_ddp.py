@@ -44,7 +44,7 @@ def train(host: Host, whole: Whole, inner: Any, made: Any) -> None:
         set_rate(inner, host.run, step)
         mine = host.task.share(step, host.rank, host.world)
         optimizer.zero_grad()
-        loss = model(*host.data.batch([i for indices in mine for i in indices], host.run.seed))
+        loss = model(*host.data.batch([i for indices in mine for i in indices], host.run.seed)[:2])
         loss.backward()
         optimizer.step()
         done = made.current_step()

@@ -90,7 +90,7 @@ def train(host: Host, whole: Whole, parts: list[nn.Module], inner: Any, outer: l
             mine, total = host.task.share(step, host.rank, host.world), 0.0
             inner.zero_grad()
             for indices in mine:
-                loss = whole(*host.data.batch(indices, host.run.seed)) / len(mine)
+                loss = whole(*host.data.batch(indices, host.run.seed)[:2]) / len(mine)
                 loss.backward()
                 total += float(loss.detach())
             inner.step()  # DiLoCo's hooks exchange in here

@@ -226,7 +226,7 @@ class Oracle:
                 start = begin["first_sample"] + (step - begin["origin"][2]) * per_step + m * begin["microbatch_size"]
                 samples = range(start, start + begin["microbatch_size"])
             if what == "forward":
-                source, wanted = self.data.batch(samples, self.config.seed)
+                source, wanted, _ = self.data.batch(samples, self.config.seed)
                 if seat.stage:
                     while (op["by"], step, m) not in world.activations:
                         yield "wait"

@@ -140,13 +140,15 @@ class SimData:
 
     manifest = SimpleNamespace(n_heldout=8)
 
-    def __init__(self, _: object) -> None: ...
+    def __init__(self, *_: object) -> None: ...
 
-    def batch(self, indices: range, seed: int) -> tuple[Tensor, Targets]:
-        return Tensor(samples(indices), len(indices)), Targets(len(indices))
+    def prepare(self, index: int, seed: int, n_heldout: int) -> None: ...
 
-    def heldout_batch(self, indices: Sequence[int]) -> tuple[Tensor, Targets]:
-        return Tensor(0, len(indices)), Targets(len(indices))
+    def batch(self, indices: range, seed: int) -> tuple[Tensor, Targets, None]:
+        return Tensor(samples(indices), len(indices)), Targets(len(indices)), None
+
+    def heldout_batch(self, indices: Sequence[int]) -> tuple[Tensor, Targets, None]:
+        return Tensor(0, len(indices)), Targets(len(indices)), None
 
 
 class SimBoundary:
@@ -320,6 +322,8 @@ class Headquarters:
 
     def corpus(self) -> Path:
         return Path()
+
+    def fetch(self, name: str, nbytes: int) -> None: ...
 
     def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
         worker = self._worker

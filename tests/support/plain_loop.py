@@ -41,7 +41,7 @@ def train_step(
     optimizer.zero_grad()
     for m in range(config.pipeline.microbatches):
         first = start + m * size
-        inputs_BT, targets_BT = data.batch(range(first, first + size), config.seed)
+        inputs_BT, targets_BT, _ = data.batch(range(first, first + size), config.seed)
         logits = model(inputs_BT, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
         loss.backward()
