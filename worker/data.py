@@ -80,7 +80,7 @@ class Dataset:
 
     def heldout(self, index: int, stage: int = -1) -> NDArray[np.int64]:
         """The seq_len + 1 tokens of held-out sample ``index`` in [0, n_heldout) of a stage, the last by default."""
-        return self._heldout(index, stage)[0].tokens
+        return self._heldout(index, stage).tokens
 
     def packed(self, index: int, seed: int) -> Packed:
         """Training sample ``index`` as its stage's objective makes it."""
@@ -97,17 +97,20 @@ class Dataset:
         """Samples of at least one held-out index of a stage, the same in every run with this ``seed``."""
         if not self.manifest.masked:
             return _causal([self.heldout(index, stage) for index in indices])
-        stage %= len(self.manifest.stages)
-        rows = ((index, self._heldout(index, stage)[0]) for index in indices)
-        return _masked([self._packed(row, stage, (seed, HELDOUT_KEY + stage, index)) for index, row in rows])
+        return _masked([self.heldout_packed(index, seed, stage) for index in indices])
 
-    def _heldout(self, index: int, stage: int) -> tuple[Row, Place]:
+    def heldout_packed(self, index: int, seed: int = 0, stage: int = -1) -> Packed:
+        """Held-out sample ``index`` of a stage as its objective makes it."""
+        stage %= len(self.manifest.stages)
+        return self._packed(self._heldout(index, stage), stage, (seed, HELDOUT_KEY + stage, index))
+
+    def _heldout(self, index: int, stage: int) -> Row:
         limit = self.manifest.n_heldout
         if not 0 <= index < limit:
             raise IndexError(f"held-out index {index} is outside [0, {limit})")
         place = self.mixture(0).heldout(index, stage)
         shard = self.manifest.sources[place.source].heldout[place.shard]
-        return self._row(place.source, shard.sha256, shard.rows, place.row), place
+        return self._row(place.source, shard.sha256, shard.rows, place.row)
 
     def _packed(self, row: Row, stage: int, key: tuple[int, int, int]) -> Packed:
         from .objectives import make_sample

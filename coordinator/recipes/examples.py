@@ -52,8 +52,7 @@ def blocks(config: SourceConfig, here: Path) -> list[str]:
     path = here / config.path
     raw = _json(path, dict[str, str | list[str]])
     found = [text for value in raw.values() for text in ([value] if isinstance(value, str) else value)]
-    # LaTeX in JSON by hand: \frac reads as a form feed and "rac".
-    return [text.replace("\f", "\\f").strip() for text in found if text.strip()]
+    return [text.strip() for text in found if text.strip()]
 
 
 class _Instance(msgspec.Struct):

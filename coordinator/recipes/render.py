@@ -22,7 +22,7 @@ OUT_PREFIXES = ("Output:", "Ans:", "A:", "Answer:", "Label:")
 SEPARATORS = ("\n", "\n\n", "\n\n\n", "\n###\n", "\n---\n")
 BEFORE_ANSWER = ("\n", "\n\n")
 CHARS_A_TOKEN = 2  # an example longer than seq_len times so many is left out: two should fit a sequence
-_ANSWERED = re.compile(r"^((?:A|Answer):)((?: .*)(?:\n(?!(?:Q|Question):|\n).*)*)", re.MULTILINE)
+_ANSWERED = re.compile(r"^((?:A|Answer):)( .*(?:\n(?!\n?(?:Q|Question):).*)*)", re.MULTILINE)
 
 
 class Piece(NamedTuple):
