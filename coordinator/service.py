@@ -20,7 +20,7 @@ from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.errors import ConfigError, IdentityError, StateError
 from ..protocol.identity import lock
-from ..protocol.manifest import TOKENS_FILE, Manifest
+from ..protocol.manifest import SHARDS_FOLDER, Manifest
 from ..protocol.multiaddr import check_relay
 from ..protocol.own_address import advertised
 from ..protocol.plan import Shape
@@ -128,16 +128,7 @@ async def _running(
     if path.exists():  # before the corpus: preparing another one would replace this run's
         with contextlib.closing(Store(path)) as store:
             check_fixed(store, config)
-    manifest = await asyncio.to_thread(
-        corpus.prepare,
-        config.data.source,
-        folder,
-        vocab_size=config.data.vocab_size,
-        seq_len=config.model.seq_len,
-        heldout_share=config.data.heldout_share,
-        seed=config.seed,
-        progress=progress,
-    )
+    folder, manifest = await asyncio.to_thread(corpus.of_run, config, folder, progress)
     rules = rules_of(config, manifest)
     store = Store(path)
     run_id, secret, state = open_run(store, config, manifest)
@@ -162,7 +153,7 @@ async def _running(
         welcome=pb.Welcome(
             config=msgspec.json.encode(config).decode(), manifest=msgspec.json.encode(manifest).decode()
         ),
-        blobs={manifest.tokens_sha256: folder / TOKENS_FILE},
+        blobs={name: folder / SHARDS_FOLDER / name for name in manifest.shards},
         publisher=publisher,
     )
     place = config.coordinator
@@ -248,9 +239,9 @@ def open_run(store: Store, config: RunConfig, manifest: Manifest) -> tuple[str, 
     mine = msgspec.to_builtins(config)
     if store.meta("config") is None:
         run_id, secret = secrets.token_hex(8), secrets.token_urlsafe(24)
-        store.set_meta(config=mine, manifest=msgspec.to_builtins(manifest), run_id=run_id, secret=secret)
+        store.set_meta(config=mine, corpus=manifest.sha256, run_id=run_id, secret=secret)
         return run_id, secret, RunState(since=time.time())
-    if store.meta("manifest")["tokens_sha256"] != manifest.tokens_sha256:
+    if store.meta("corpus") != manifest.sha256:
         raise StateError(
             "the corpus is not the one this run was started with",
             hint="Restore its text, or start a new run with another --data-dir.",

@@ -6,19 +6,16 @@ that names its path and the nearest key that exists.
 
 from __future__ import annotations
 
-import difflib
-import re
-import types
-import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import yaml
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from .errors import ConfigError
 from .model_config import ModelConfig as ModelConfig
+from .strict import convert_to
 from .sync_config import PRESETS as PRESETS
 from .sync_config import Count, Section, SyncConfig
 from .sync_config import Sync as Sync
@@ -36,7 +33,8 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
 class DataConfig(Section, frozen=True, kw_only=True):
-    """Where the text comes from: ``builtin``, a file, a folder, or ``hf:NAME[:SPLIT]``."""
+    """Where the text comes from: ``builtin``, a file, a folder, ``hf:NAME[:SPLIT]``; or a ``recipe.yaml`` or a folder
+    that ``potluck data build`` made. Those have a tokenizer and held-out text of their own: the rest is ignored."""
 
     source: str = "builtin"
     vocab_size: Annotated[int, Meta(ge=300, le=1_000_000)] = 2048
@@ -236,54 +234,9 @@ def load(path: Path) -> RunConfig:
 
 def convert(raw: object, origin: str = "run.yaml") -> RunConfig:
     """Plain data to a ``RunConfig``; ``ConfigError`` on anything that does not fit."""
-    _check_keys(raw, RunConfig, origin, "")
-    try:
-        return msgspec.convert(raw, RunConfig)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        match = re.search(r"^(.*?) - at `\$\.?(.*)`$", text)
-        what, where = (match[1], match[2]) if match else (text, "")
-        what = _explained(where) or what
-        raise ConfigError(f"{origin}: {where or 'the file'}: {what}", hint="Change that value.") from None
-    except ConfigError as error:
-        raise ConfigError(f"{origin}: {error}", hint=error.hint) from None
+    return convert_to(RunConfig, raw, origin)
 
 
 def dump(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults written out."""
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
-
-
-def _explained(path: str) -> str:
-    """What the value at ``path`` must be, where its type says more than its name: choices and patterns."""
-    kind: Any = RunConfig
-    for key in path.split("."):
-        hints = typing.get_type_hints(kind, include_extras=True) if isinstance(kind, type) else {}
-        if key not in hints:
-            return ""
-        kind = hints[key]
-    for part in (kind, *typing.get_args(kind)):
-        if isinstance(part, Meta) and part.description:
-            return part.description
-        if typing.get_origin(part) is Literal:
-            return "must be one of " + ", ".join(map(str, typing.get_args(part)))
-    return ""
-
-
-def _check_keys(raw: object, kind: Any, origin: str, path: str) -> None:
-    if isinstance(kind, types.UnionType) or not (isinstance(kind, type) and issubclass(kind, Struct)):
-        return
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{origin}: {path.rstrip('.') or 'the file'} must be a mapping of keys to values, not {raw!r}",
-            hint="Indent its keys below it.",
-        )
-    hints = typing.get_type_hints(kind)
-    for key, value in raw.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"{origin}: unknown key `{path}{key}`",
-                hint=f"Did you mean `{path}{near[0]}`?" if near else "",
-            )
-        _check_keys(value, hints[key], origin, f"{path}{key}.")

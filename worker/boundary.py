@@ -40,8 +40,8 @@ from ..protocol.frames import Frame, Header, Kind, TensorSpec, make_frame
 from ..protocol.manifest import Manifest
 from ..protocol.plan import Plan
 from ..protocol.schedule import draw
-from .data import sample_of
 from .layout import Batch
+from .mixture import Mixture
 from .side_inputs import (
     IDS,
     LAYOUT,
@@ -159,6 +159,7 @@ class Boundary:
 
     def __init__(self, config: RunConfig, seat: Seat, manifest: Manifest, memory: Memory | None = None) -> None:
         self.config, self.seat, self.manifest, self.memory = config, seat, manifest, memory
+        self._mixture = Mixture(manifest, config.seed)
         self.forward_codec = build(config.activations.forward)
         self.backward_codec = build(config.activations.backward)
         if memory is not None:
@@ -275,8 +276,7 @@ class Boundary:
 
     def samples(self, step: int, m: int) -> list[int]:
         """Which samples of the corpus a microbatch is made of: the same numbers in every epoch."""
-        n, seed = self.manifest.n_train, self.config.seed
-        return [sample_of(index, n, seed) for index in self.seat.plan.samples(step, m)]
+        return [self._mixture.place(index).number for index in self.seat.plan.samples(step, m)]
 
     def _buffer(self, stage: int, m: int) -> Buffer:
         """Of the route by which microbatch ``m`` gets to ``stage``."""

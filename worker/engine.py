@@ -162,7 +162,9 @@ class Engine:
         self.points.keep(state)
         self.states.recent.most_nbytes = 4 * self.stage.size
         if number == 0 and self._data is None:
-            self._data = Dataset(self.hq.corpus())
+            self._data = Dataset(self.hq.corpus(), self.hq.fetch)
+            run = self.config.run
+            self._data.prepare(plan.first_sample_of(plan.first_step), run.seed, run.eval.samples)
         seat = self._seat = Seat(plan=plan, stage=number, replica=replica, run=self.config.run_name)
         boundary = Boundary(self.config.run, seat, self.config.manifest, self._memory)
         self._pipeline = Pipeline(boundary, self.stage, self._data, self.links)

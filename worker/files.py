@@ -38,11 +38,12 @@ class Files:
         self._line, self._meter, self._is_over = line, meter, is_over
         self.give_way: Callable[[], Awaitable[None]] = at_once
 
-    async def fetch(self, name: str, target: Path) -> None:
-        """A file of the run by its SHA-256, into ``target``; goes on where it stopped, on the next connection too."""
+    async def fetch(self, name: str, target: Path, nbytes: int) -> None:
+        """A file of the run by its SHA-256 and size, into ``target``; goes on where it stopped, on the next connection
+        too."""
         for left in reversed(range(FETCH_TRIES)):
             try:
-                await self._fetch(name, target)
+                await self._fetch(name, target, nbytes)
                 return
             except UnreachableError as error:
                 if not left or self._is_over():
@@ -50,15 +51,16 @@ class Files:
                 log.warning("%s; trying again", error)
             await asyncio.sleep(FETCH_PAUSE_SECONDS)
 
-    async def _fetch(self, name: str, target: Path) -> None:
+    async def _fetch(self, name: str, target: Path, nbytes: int) -> None:
         channel, token = self._line()
-        part = target.with_suffix(".part")
+        part = target.with_name(target.name + ".part")
         target.parent.mkdir(parents=True, exist_ok=True)
         digest, size = hashlib.sha256(), 0
         if part.exists():
-            data = part.read_bytes()
-            digest.update(data)
-            size = len(data)
+            with part.open("rb") as known:
+                while data := known.read(PIECE_NBYTES):
+                    digest.update(data)
+                    size += len(data)
         method = channel.unary_stream(
             BLOB,
             request_serializer=pb.BlobRequest.SerializeToString,
@@ -68,6 +70,9 @@ class Files:
             with part.open("ab") as file:
                 async for piece in method(pb.BlobRequest(token=token, name=name, offset=size)):
                     self._meter.record(COORDINATOR, "in", Purpose.DATA, len(piece.data))
+                    size += len(piece.data)
+                    if size > nbytes:
+                        break
                     failpoint("worker.corpus.piece")
                     file.write(piece.data)
                     digest.update(piece.data)

@@ -33,7 +33,10 @@ class Headquarters(Protocol):
         """Books what averaging in fp16 would have sent after a step: a ring's 2 (R - 1) / R of the stage."""
 
     def corpus(self) -> Path:
-        """The folder of the run's corpus, fetched if need be. Blocks."""
+        """The folder of the run's corpus, with its manifest; shards are there as far as they were fetched."""
+
+    def fetch(self, name: str, nbytes: int) -> None:
+        """Brings a shard by its SHA-256 into the corpus. Blocks; may be called from any thread."""
 
     def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
         """Uploads a stage of a published round. Blocks; gives up when it is not wanted any more."""

@@ -22,7 +22,7 @@ from ..protocol.failpoints import failpoint
 from ..protocol.frames import Frame, Header, Purpose
 from ..protocol.grpc_transport import GrpcTransport
 from ..protocol.identity import Identity
-from ..protocol.manifest import MANIFEST_FILE, TOKENS_FILE, Manifest
+from ..protocol.manifest import MANIFEST_FILE, SHARDS_FOLDER, Manifest
 from ..protocol.meter import Meter
 from ..protocol.multiaddr import check_relay
 from ..protocol.p2pd import DaemonConfig, is_installed, listen_at, name_of, preload
@@ -243,15 +243,16 @@ class Coordinator:
         self._control.meter.counterfactual(self._control.identity.peer_id, Purpose.WEIGHTS, dense_nbytes)
 
     def corpus(self) -> Path:
-        tokens = self._folder / TOKENS_FILE
-        if not tokens.exists():
-            fetched = self._files.fetch(self._manifest.tokens_sha256, tokens)
-            asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / MANIFEST_FILE).write_bytes(self._manifest.encode())
         except OSError as error:
             raise StateError(f"{self._folder}: {error}", hint="Free some space, or mend its rights.") from None
         return self._folder
+
+    def fetch(self, name: str, nbytes: int) -> None:
+        fetched = self._files.fetch(name, self._folder / SHARDS_FOLDER / name, nbytes)
+        asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
 
     def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
         going = asyncio.run_coroutine_threadsafe(self._files.upload(step, stage, data), self._loop)

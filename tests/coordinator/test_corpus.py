@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,8 +16,12 @@ from tokenizers import Tokenizer
 
 from potluck.coordinator import corpus
 from potluck.coordinator.corpus import prepare
+from potluck.coordinator.recipes import streams, texts
+from potluck.coordinator.recipes.build import RECIPE_FILE
+from potluck.coordinator.recipes.words import CONFIG_FILE, EOS
 from potluck.protocol.errors import ConfigError, StateError
-from potluck.protocol.manifest import MANIFEST_FILE, TOKENIZER_FILE, TOKENS_FILE, Manifest
+from potluck.protocol.manifest import MANIFEST_FILE, SHARDS_FOLDER, TOKENIZER_FILE, Manifest
+from potluck.worker.data import Dataset
 
 SMALL: dict[str, Any] = {"vocab_size": 300, "seq_len": 16, "seed": 0}
 
@@ -27,16 +32,23 @@ def write_jsonl(path: Path, n_documents: int = 60) -> Path:
     return path
 
 
+def stream(folder: Path, part: str) -> list[int]:
+    """The tokens of one part: rows overlap in one token."""
+    manifest = Manifest.decode((folder / MANIFEST_FILE).read_bytes())
+    (shard,) = getattr(manifest.sources[0], part)
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    rows = np.fromfile(folder / SHARDS_FOLDER / shard.sha256, dtype=dtype).reshape(-1, manifest.seq_len + 1)
+    assert (rows[1:, 0] == rows[:-1, -1]).all()
+    return [*map(int, rows[:, :-1].flatten()), int(rows[-1, -1])]
+
+
 def parts(folder: Path) -> tuple[str, str]:
     """The text of the train part and of the held-out part."""
-    manifest = Manifest.decode((folder / MANIFEST_FILE).read_bytes())
-    tokens = np.fromfile(folder / TOKENS_FILE, dtype=np.dtype(manifest.dtype).newbyteorder("<"))
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    train, heldout = np.split(tokens.astype(int), [manifest.heldout_start])
-    return (
-        tokenizer.decode(train.tolist(), skip_special_tokens=False),
-        tokenizer.decode(heldout.tolist(), skip_special_tokens=False),
+    train, heldout = (
+        tokenizer.decode(stream(folder, part), skip_special_tokens=False) for part in ("train", "heldout")
     )
+    return train, heldout
 
 
 def markers(text: str) -> set[str]:
@@ -56,15 +68,15 @@ def test_builtin_is_some_megabytes_in_some_seconds(builtin: tuple[Path, Manifest
     assert manifest.n_tokens > 500_000
     assert (manifest.vocab_size, manifest.dtype, manifest.license) == (2048, "uint16", "PSF-2.0")
     assert 0.015 < manifest.n_heldout / manifest.n_train < 0.06
-    assert (folder / TOKENS_FILE).stat().st_size == manifest.nbytes
+    assert all((folder / SHARDS_FOLDER / name).stat().st_size == nbytes for name, nbytes in manifest.shards.items())
     assert sum(map(len, parts(folder))) > 2_500_000
     assert cpu_seconds < 15
     assert sorted(path.name for path in folder.iterdir()) == [
         MANIFEST_FILE,
-        corpus.RECIPE_FILE,
+        RECIPE_FILE,
+        SHARDS_FOLDER,
         TOKENIZER_FILE,
-        corpus.CONFIG_FILE,
-        TOKENS_FILE,
+        CONFIG_FILE,
     ]
 
 
@@ -83,7 +95,7 @@ def test_transformers_loads_the_tokenizer_and_every_text_survives(
         ids = tokenizer(text)["input_ids"]
         assert ids == own.encode(text).ids
         assert tokenizer.decode(ids) == text
-    assert tokenizer.encode(corpus.EOS) == [manifest.eos_id]
+    assert tokenizer.encode(EOS) == [manifest.eos_id]
 
 
 def test_the_coordinator_needs_no_torch_to_prepare(tmp_path: Path) -> None:
@@ -125,11 +137,11 @@ def test_the_same_text_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_documents_end_where_they_end(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
-    lines = [json.dumps({"text": f"{i} says {corpus.EOS} in the middle " * 5}) for i in range(40)]
+    lines = [json.dumps({"text": f"{i} says {EOS} in the middle " * 5}) for i in range(40)]
     source.write_text("\n".join(lines), encoding="utf-8")
     manifest = prepare(str(source), tmp_path / "out", **SMALL)
-    tokens = np.fromfile(tmp_path / "out" / TOKENS_FILE, dtype="<u2")
-    assert 30 <= int((tokens == manifest.eos_id).sum()) <= 40
+    ends = sum(stream(tmp_path / "out", part).count(manifest.eos_id) for part in ("train", "heldout"))
+    assert 30 <= ends <= 40
 
 
 def test_the_same_parameters_reuse_what_is_there(tmp_path: Path) -> None:
@@ -158,10 +170,11 @@ def test_other_parameters_rebuild(tmp_path: Path, change: dict[str, Any]) -> Non
     assert Manifest.decode((tmp_path / "out" / MANIFEST_FILE).read_bytes()) == second
 
 
-@pytest.mark.parametrize("name", [TOKENS_FILE, TOKENIZER_FILE, MANIFEST_FILE, corpus.RECIPE_FILE])
+@pytest.mark.parametrize("name", ["shard", TOKENIZER_FILE, MANIFEST_FILE, RECIPE_FILE])
 def test_damaged_files_are_built_again(tmp_path: Path, name: str) -> None:
     source = str(write_jsonl(tmp_path / "a.jsonl"))
     first = prepare(source, tmp_path / "out", **SMALL)
+    name = f"{SHARDS_FOLDER}/{next(iter(first.shards))}" if name == "shard" else name
     whole = (tmp_path / "out" / name).read_bytes()
     (tmp_path / "out" / name).write_bytes(b"\x00" + whole[1:])
     assert prepare(source, tmp_path / "out", **SMALL) == first
@@ -192,10 +205,10 @@ def test_folders_and_plain_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["abc def. " * 40_000, "x" * 300_000, "line\n" * 60_000, "a\n\nb\n\n" * 50_000])
 def test_plain_text_is_cut_without_losing_a_character(text: str) -> None:
     blocks = [text[at : at + 70_001] for at in range(0, len(text), 70_001)]
-    pieces = list(corpus._pieces(iter(blocks)))
+    pieces = list(texts._pieces(iter(blocks)))
     assert "".join(pieces) == text
     assert len(pieces) > 10
-    assert max(map(len, pieces)) <= corpus._PIECE_CHARS_MAX + 2
+    assert max(map(len, pieces)) <= texts._PIECE_CHARS_MAX + 2
 
 
 def the_error(source: str, out: Path, **changes: Any) -> str:
@@ -254,8 +267,8 @@ def test_a_folder_that_cannot_be_written_is_a_state_error(tmp_path: Path, monkey
         patch.setattr(os, "replace", full)
         with pytest.raises(StateError, match="No space left"):
             prepare(source, out, **(SMALL | {"seed": 1}))
-    assert not (out / ".building").exists()
     assert prepare(source, out, **SMALL) == first
+    assert not (out / ".building").exists()
 
 
 def test_hf_without_the_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,12 +297,12 @@ def test_hf_reads_a_data_set(tmp_path: Path, hf: Path) -> None:
     assert train.source == "hf:dishes"  # not where it lies on the operator's machine
     assert 1.5 < train.n_tokens / test.n_tokens < 2.5
     same = prepare(str(hf / "train.jsonl"), tmp_path / "same", **SMALL)
-    assert same.tokens_sha256 == train.tokens_sha256
+    assert same.sources[0].train == train.sources[0].train
 
 
 def test_hf_stops_at_the_limit_and_says_so(tmp_path: Path, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "MAX_HF_TOKENS", 2000)
-    monkeypatch.setattr(corpus, "_BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(streams, "BATCH_DOCUMENTS", 4)
     said: list[str] = []
     manifest = prepare(f"hf:{hf}", tmp_path / "out", progress=lambda line, share: said.append(line), **SMALL)
     assert 1500 < manifest.n_tokens < 4000
@@ -302,3 +315,26 @@ def test_hf_errors_are_one_line(tmp_path: Path, hf: Path) -> None:
     for file in hf.iterdir():
         file.write_text('{"body": "x"}\n', encoding="utf-8")
     assert 'no string "text" but body' in the_error(f"hf:{hf}", tmp_path / "out")
+
+
+def test_a_plain_run_reads_the_samples_that_it_always_read(tmp_path: Path) -> None:
+    """Golden values of the time before there were recipes, when a corpus was one file of tokens."""
+    value, lines = 12345, []
+    for number in range(150):
+        words = []
+        for _ in range(40):
+            value = (value * 1103515245 + 12345) % 2**31
+            words.append(f"w{(value >> 16) % 97}")
+        lines.append(json.dumps({"text": f"doc {number} " + " ".join(words)}))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", vocab_size=320, seq_len=16, seed=5, heldout_share=0.1)
+    data = Dataset(tmp_path / "out")
+    n = data.manifest.n_train
+    assert (n, data.manifest.n_heldout) == (795, 88)
+    train, heldout = hashlib.sha256(), hashlib.sha256()
+    for index in (*range(2 * n + 5), 10**6, 10**9 + 7):
+        train.update(data.sample(index, 3).astype("<i8").tobytes())
+    for index in range(data.manifest.n_heldout):
+        heldout.update(data.heldout(index).astype("<i8").tobytes())
+    assert train.hexdigest() == "e03bb1dcf2977cea665cd3dac8f2a2d97a8fefc5752c1843d0bc310d9a0c4544"
+    assert heldout.hexdigest() == "e9c9ad04d08c53e87274a953c72601110c15c72a88f67bf79b4c007a9e5afb33"

@@ -23,7 +23,7 @@ from potluck.coordinator.state import Command, Commit, Journal, Lease, Mark, Poi
 from potluck.coordinator.store import Store
 from potluck.coordinator.verify import verify
 from potluck.protocol.config import RunConfig
-from potluck.protocol.manifest import Manifest
+from potluck.protocol.manifest import Shard, plain
 
 CONFIG = RunConfig(name="kills")
 SAMPLES = CONFIG.pipeline.microbatches * CONFIG.pipeline.microbatch_size
@@ -42,26 +42,23 @@ class Ack:
     committed: int
 
 
-def manifest() -> Manifest:
-    return Manifest(
-        source="none",
-        tokens_sha256="0" * 64,
-        n_tokens=2 + 20 * CONFIG.model.seq_len,
-        dtype="uint16",
-        vocab_size=300,
-        seq_len=CONFIG.model.seq_len,
-        n_train=10,
-        n_heldout=10,
-        tokenizer_sha256="0" * 64,
-        eos_id=0,
-        license="none",
-    )
+MANIFEST = plain(
+    source="none",
+    license="none",
+    seq_len=CONFIG.model.seq_len,
+    dtype="uint16",
+    vocab_size=300,
+    eos=0,
+    tokenizer_sha256="0" * 64,
+    train=(Shard("0" * 64, 10),),
+    heldout=(Shard("1" * 64, 10),),
+)
 
 
 def write(path: Path, out: int) -> None:
     """The writer's life: goes on from what is there, as a coordinator does, until it is killed."""
     store = Store(path)
-    _, _, state = open_run(store, CONFIG, manifest())
+    _, _, state = open_run(store, CONFIG, MANIFEST)
     generation, step, number = state.generation + 1, state.committed.step, state.rounds
     committed, sample = step, state.committed.sample
     origin = state.committed.kind

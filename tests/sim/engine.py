@@ -148,7 +148,9 @@ class SimData:
 
     manifest = SimpleNamespace(n_heldout=8)
 
-    def __init__(self, _: object) -> None: ...
+    def __init__(self, *_: object) -> None: ...
+
+    def prepare(self, index: int, seed: int, n_heldout: int) -> None: ...
 
     def batch(self, indices: range, seed: int) -> Batch:
         return SimBatch(Tensor(samples(indices), len(indices)), Targets(len(indices)))
@@ -326,6 +328,8 @@ class Headquarters:
 
     def corpus(self) -> Path:
         return Path()
+
+    def fetch(self, name: str, nbytes: int) -> None: ...
 
     def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
         worker = self._worker

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from manifests import write_corpus
 
 from potluck.compression.aq import Mode, parse_marks
 from potluck.coordinator import events
@@ -18,7 +18,8 @@ from potluck.protocol.config import RunConfig
 from potluck.protocol.frames import Frame, Kind
 from potluck.protocol.manifest import Manifest
 from potluck.worker.boundary import Boundary
-from potluck.worker.data import Dataset, sample_of
+from potluck.worker.data import Dataset
+from potluck.worker.mixture import Mixture
 from potluck.worker.pipeline import Pipeline
 
 AQ = {"forward": "int4:tile=64", "backward": "int8:tile=64", "reuse": True, "cache_gb": 0.01}
@@ -32,23 +33,9 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manif
     n_train, n_heldout = 24, 4
     n_tokens = (n_train + n_heldout) * 16 + 2
     places = np.arange(n_tokens)
-    tokens = (3 + places * (1 + places // 64) % 37).astype("<u2").tobytes()
-    manifest = Manifest(
-        source="test",
-        tokens_sha256=hashlib.sha256(tokens).hexdigest(),
-        n_tokens=n_tokens,
-        dtype="uint16",
-        vocab_size=300,
-        seq_len=16,
-        n_train=n_train,
-        n_heldout=n_heldout,
-        tokenizer_sha256="0" * 64,
-        eos_id=0,
-        license="none",
-    )
-    (folder / "manifest.json").write_bytes(manifest.encode())
-    (folder / "tokens.bin").write_bytes(tokens)
-    return folder, manifest
+    tokens = 3 + places * (1 + places // 64) % 37
+    split = n_train * 16 + 1
+    return folder, write_corpus(folder, tokens[:split], tokens[split:], 16)
 
 
 @dataclass
@@ -233,8 +220,8 @@ def test_a_peer_that_misses_again_and_again_is_at_fault(watched, make_config, mo
 
 def test_a_sample_has_the_same_number_in_every_epoch(corpus_folder):
     folder, manifest = corpus_folder
-    data, n = Dataset(folder), manifest.n_train
-    numbers = [[sample_of(index, n, 5) for index in range(e * n, (e + 1) * n)] for e in range(2)]
+    data, n, mixture = Dataset(folder), manifest.n_train, Mixture(manifest, 5)
+    numbers = [[mixture.place(index).number for index in range(e * n, (e + 1) * n)] for e in range(2)]
     assert sorted(numbers[0]) == sorted(numbers[1]) == list(range(n))
     by_number = {number: data.sample(index, 5) for index, number in enumerate(numbers[0])}
     for index, number in enumerate(numbers[1], start=n):
