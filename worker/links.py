@@ -66,6 +66,7 @@ class Links:
         """``on_state`` is told of all frames about states, in the loop; it may raise ``WireError``."""
         self.mailbox, self.on_state, self.on_fault = mailbox, on_state, on_fault
         self.plan: Plan | None = None
+        self._others: Plan | None = None  # one that we have no part in any more
         self._transport: Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._addresses: dict[str, tuple[str, ...]] = {}
@@ -97,12 +98,17 @@ class Links:
         """Takes over a plan: who may come in, where to dial, what is over. It may be of the same generation, which goes
         on without somebody."""
         same = self.plan is not None and plan.generation == self.plan.generation
-        self.plan = plan
+        self.plan, self._others = plan, None
         self._reach()
         if plan.lost:
             self.mailbox.reroute(plan)
         if not same:
             self.mailbox.fence(plan.generation)
+
+    def watch(self, plan: Plan) -> None:
+        """Takes over a plan that goes on without us: those in it can give us a state, nothing else goes there."""
+        self._others = plan
+        self._reach()
 
     def host(self, guests: tuple[Replica, ...]) -> None:
         """Lets newcomers in, who have no part in the plan yet and ask for its states."""
@@ -113,9 +119,9 @@ class Links:
     def _reach(self) -> None:
         """Who may come in, and where to dial them; the ways to all others end."""
         replicas: list[Replica] = list(self._guests)
-        if self.plan is not None:
-            gone = {lost.peer for lost in self.plan.lost}
-            replicas += [r for r in self.plan.everybody if r.peer not in gone]
+        if (plan := self._others or self.plan) is not None:
+            gone = {lost.peer for lost in plan.lost}
+            replicas += [r for r in plan.everybody if r.peer not in gone]
         moved = {r.peer for r in replicas if self._addresses.get(r.peer, r.addresses) != r.addresses}
         self._addresses = {r.peer: r.addresses for r in replicas}
         for lane in [x for x in self._tasks if x[0] not in self._addresses or x[0] in moved]:
@@ -154,7 +160,7 @@ class Links:
     def _is_current(self, lane: Lane, frame: Frame) -> bool:
         if lane[1] is Load.STATE:
             return True
-        return self.plan is not None and frame.header.generation == self.plan.generation
+        return self.plan is not None and not self._others and frame.header.generation == self.plan.generation
 
     async def give_way(self) -> None:
         """For what goes to others than peers: it comes last, as states do."""

@@ -192,6 +192,7 @@ class Session:
         plan, known = view.plan, self.links.plan
         if plan is not None and any(lost.peer == self.identity.peer_id for lost in plan.lost):
             self.mailbox.fence(plan.generation + 1)  # they go on without us: nothing that we are at counts
+            self.links.watch(plan)
         elif plan is not None and plan != known:
             self.links.follow(plan)
         elif plan is None and known is not None:

@@ -111,6 +111,20 @@ def test_sigkill_of_a_replica_and_of_the_coordinator(network: Any) -> None:
     assert network.committed_samples() == network.rows("SELECT MAX(sample) FROM rounds")[0][0] > before
 
 
+@pytest.mark.timeout(90)
+def test_a_worker_that_was_killed_is_seated_again_beside_training(network: Any) -> None:
+    network.configure(steps=100_000)
+    network.coordinator()
+    crew = {name: network.worker(name) for name in ("anna", "ben", "carl")}
+    state = network.until(lambda s: s["round"] > 0 and s["phase"] == "training" and seated(s) == 3)
+    pair = next(stage["replicas"] for stage in state["stages"] if len(stage["replicas"]) == 2)
+    victim = next(p["name"] for p in state["peers"] if p["id"] == pair[0])
+    crew[victim].kill()
+    network.event(f"{victim} is lost")
+    network.worker(victim)
+    network.until(lambda s: s["phase"] == "training" and seated(s) == 3)
+
+
 @pytest.mark.timeout(150)
 def test_a_coordinator_killed_in_mid_training_goes_on_with_the_generation(network: Any) -> None:
     network.configure(steps=ENDLESS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import msgspec
 import pytest
@@ -53,6 +54,11 @@ def activation(step: int, payload: bytes = b"x" * 10, generation: int = 1) -> Fr
         targets=0,
         dense_nbytes=0,
     )
+
+
+def fields(frame: Frame) -> dict[str, Any]:
+    header = frame.header
+    return {name: getattr(header, name) for name in header.__struct_fields__ if name != "checksum"}
 
 
 class Pair:
@@ -105,6 +111,24 @@ async def test_a_channel_that_ended_at_rest_is_dialled_again():
         pair.links["a"].post("b", activation(2))
         assert (await pair.arrives(2)).header.step == 2
         assert pair.faults.empty()
+
+
+async def test_who_was_given_up_can_still_ask_the_others_for_a_state():
+    """A worker that is started again sees its old self among the lost of the plan: it has no part in that, but the plan
+    says where those are who can give it the stage."""
+    arrived = asyncio.Queue[tuple[str, Kind]]()
+    async with Pair() as pair:
+        late = Links(Mailbox(), lambda peer, frame: None, pair.fault)
+        config = TransportConfig(run="run", admit=late.admit, channel=ChannelConfig(give_up=GIVE_UP))
+        await late.start(pair.network.join("c", config))
+        pair.links["b"].on_state = lambda peer, frame: arrived.put_nowait((peer, frame.header.kind))
+        pair.links["b"].host((Replica(peer="c", addresses=("c",)),))
+        late.watch(PLAN)
+        late.post("b", activation(1))
+        late.post("b", make_frame(b"", **{**fields(activation(1)), "kind": Kind.STATE_REQUEST, "tensors": ()}))
+        assert await asyncio.wait_for(arrived.get(), 5) == ("c", Kind.STATE_REQUEST) and pair.faults.empty()
+        assert not pair.links["b"].holds(Address(1, Kind.ACTIVATION, 1, 0, 0, "c"))
+        await late.close()
 
 
 async def test_what_could_not_be_delivered_is_reported():
