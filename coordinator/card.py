@@ -20,7 +20,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class Contributor:
-    """``samples``: committed ones that it read, as a replica of the first stage. ``sent``: bytes, by its own count."""
+    """``samples``: committed ones that it read, as a replica of the first stage. ``sent``: bytes, as it last said."""
 
     name: str
     peer: str
@@ -115,7 +115,11 @@ def model_card(config: RunConfig, manifest: Manifest, facts: Facts, *, prefix_lm
             f"| {plain(c.name)} | `{plain(c.peer)[:12]}` | {c.samples:,} | {c.sent / 1e6:,.1f} |"
             for c in sorted(facts.contributors, key=lambda c: (-c.samples, -c.sent, c.peer))
         ]
-        lines += ["", "Replicas of the first stage read the samples; others compute on what these send."]
+        lines += [
+            "",
+            "Replicas of the first stage read the samples; others compute on what these send. Bytes are of the"
+            " machines' last reports, a few seconds old.",
+        ]
     if facts.traffic:
         tokens = max(1, facts.tokens)
         lines += ["", "## Sent", "", "| purpose | bytes | bytes per token |", "| --- | ---: | ---: |"]

@@ -87,8 +87,11 @@ class Network:
         self._text = write_text(folder / "corpus.txt")
         self._ticket = ""
 
-    def configure(self, steps: int, **coordinator: Any) -> None:
+    def configure(self, steps: int, architecture: str = "gptj", **coordinator: Any) -> None:
         raw = {**TINY, "steps": steps, "data": {**TINY["data"], "source": str(self._text)}}
+        raw["model"] = {**TINY["model"], "architecture": architecture}
+        if architecture != "gptj":
+            del raw["model"]["rotary_dim"]
         raw["coordinator"] = {**TINY["coordinator"], **coordinator}
         (self.folder / "run.yaml").write_text(dump(convert(raw)), encoding="utf-8")
 

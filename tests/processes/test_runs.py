@@ -21,7 +21,7 @@ SAMPLES_PER_STEP = 4  # of one first-stage replica: 2 microbatches of 2
 ENDLESS = 10**6
 
 
-def check_model(folder: Path) -> None:
+def check_model(folder: Path, architecture: str = "gptj") -> None:
     """The published folder loads in stock transformers and says something finite."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,13 +31,14 @@ def check_model(folder: Path) -> None:
     ids = tokenizer("Guest 1 of the evening", return_tensors="pt").input_ids
     with torch.inference_mode():
         loss = model(ids, labels=ids).loss.item()
-    assert model.config.model_type == "gptj"
+    assert model.config.model_type == architecture
     assert math.isfinite(loss)
 
 
 @pytest.mark.timeout(60)
-def test_a_run_finishes(network: Any) -> None:
-    network.configure(steps=12)
+@pytest.mark.parametrize("architecture", ["gptj", "llama"])
+def test_a_run_finishes(network: Any, architecture: str) -> None:
+    network.configure(12, architecture)
     coordinator = network.coordinator()
     crew = [network.worker(name) for name in ("anna", "ben")]
     assert [p.wait(40.0) for p in (coordinator, *crew)] == [0, 0, 0], network.story([])
@@ -45,7 +46,10 @@ def test_a_run_finishes(network: Any) -> None:
     assert "The run is finished. Model: " in coordinator.output
     assert network.committed_samples() == 12 * SAMPLES_PER_STEP
     assert network.published()[-1].name == "step-00000012"
-    check_model(network.published()[-1])
+    check_model(network.published()[-1], architecture)
+    card = (network.published()[-1] / "README.md").read_text(encoding="utf-8")
+    assert f"| {12 * SAMPLES_PER_STEP} |" in card and "Steps: 12," in card
+    assert all(f"| {name} |" in card for name in ("anna", "ben"))
 
 
 @pytest.mark.timeout(90)
