@@ -94,7 +94,7 @@ def absent(name: str, folder: Path) -> str:
 
 
 def members(name: str, folder: Path) -> Iterator[tuple[str, bytes]]:
-    """(name below ``inside``, content) of the asset's files. Raises StateError when it is missing or not the pinned one."""
+    """(name below ``inside``, content) of the asset's files. Raises StateError when it is missing or another file."""
     asset = ASSETS[name]
     why = absent(name, folder)
     if why:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ...protocol.errors import StateError
 from . import sources
 from .assets import absent
 from .prompts import Row, Task, key
@@ -161,7 +162,20 @@ TASKS = (
     ),
 )
 
-ROWS: dict[str, str] = {}
+ROWS = {
+    "spam": "b7f8513c244605124eaed7d3a1830d2c",
+    "spam_hard": "cece058db806a728fac953ec08bd5167",
+    "spam_subject": "95618a5dd0cc632a226378c0ae4c6a8e",
+    "brown_fiction": "8e1cde3ccbaad2220485ceb698ca576f",
+    "brown_press": "38870e1e077338c3f80cba8927c5b288",
+    "brown_genre4": "16ecbee7a72ddd3fbe71021b4d82d357",
+    "brown_story": "aa279d94e8cf8d77792b3ace23b2e4af",
+    "brown_genre15": "841827b2be40393a06d102df658bc656",
+    "chat_topic": "4ebd923660900fedb147c147f08ceef6",
+    "chat_reply": "cc0715dc0b78c5dd40ee06fe07df9d29",
+    "shakespeare_genre": "f586d8abd45106bbee95bbe477f652a1",
+    "shakespeare_spelling": "42dc0b4d9ac38608133b8c7429104388",
+}
 
 
 def build(folder: Path) -> tuple[list[Task], dict[str, str]]:
@@ -175,7 +189,10 @@ def build(folder: Path) -> tuple[list[Task], dict[str, str]]:
             continue
         if task.source not in read:
             read[task.source] = list(task.source(folder))
-        found.append(choose(task, read[task.source]))
+        chosen = choose(task, read[task.source])
+        if digest(chosen) != ROWS[task.name]:
+            raise StateError(f"{task.name} has other rows than those of this suite", hint="Install potluck again.")
+        found.append(chosen)
     return found, skipped
 
 

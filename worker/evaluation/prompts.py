@@ -10,7 +10,7 @@ SEPARATOR = "\n\n"
 
 
 class Row(NamedTuple):
-    """``id`` is unique in its task; ``fields`` are shown as ``name: text`` in this order; ``label`` indexes the labels."""
+    """``id`` is unique in its task; ``fields`` are shown as ``name: text`` in this order; ``label``: its label's number."""
 
     id: str
     fields: tuple[tuple[str, str], ...]
@@ -42,7 +42,7 @@ def head(task: Task) -> str:
 
 
 def examples(task: Task, shots: int, seed: int) -> list[Row]:
-    """Up to ``shots`` training rows, taken from the labels in turn (the commonest first), then put in a random order."""
+    """Up to ``shots`` training rows, taken from the labels in turn (the commonest first), in a random order."""
     by_label: dict[int, list[Row]] = {}
     for row in sorted(task.train, key=lambda row: key(seed, task.name, row.id)):
         by_label.setdefault(row.label, []).append(row)

@@ -131,7 +131,7 @@ TASKS: dict[str, Definition] = {
 
 
 def build(folder: Path | None) -> tuple[list[Task], dict[str, str]]:
-    """The tasks from ``folder``/raft, or from the network if ``folder`` is None; and why others are left out, by name."""
+    """The tasks from ``folder``/raft, or from the network if it is None; and why others are left out, by name."""
     found, skipped = [], {}
     for name, definition in TASKS.items():
         if folder is None:

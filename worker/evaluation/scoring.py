@@ -157,8 +157,8 @@ def selected(
 ) -> tuple[Tensor, Tensor]:
     """(log-probabilities float32 [N], whether likeliest bool [N]) of ``targets`` int64 [N], on the CPU.
 
-    ``tokens`` and ``positions``: int64 [B, T]. ``may``: bool [B, 1, T, T]. ``where``: int64 [2, N], sequence and position
-    that each target is the next token of.
+    ``tokens`` and ``positions``: int64 [B, T]. ``may``: bool [B, 1, T, T]. ``where``: int64 [2, N], sequence and
+    position that each target is the next token of.
     """
     device = model.device
     weights = model.get_output_embeddings().weight

@@ -34,7 +34,7 @@ def clip(text: str, size: int = CLIP) -> str:
 
 
 def brown(folder: Path) -> Iterator[Candidate]:
-    """Passages of the Brown corpus; ``kind`` is the genre's letter a to r. About 70 words each, at most 4 a document."""
+    """Passages of the Brown corpus, of 70 words, at most 4 a document; ``kind`` is the genre's letter, a to r."""
     for name, content in members("brown", folder):
         if not re.fullmatch(r"[a-r]\d\d", name):
             continue
