@@ -168,4 +168,6 @@ def _print(table: Any) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(table, width=None if console.is_terminal else 120)
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table)

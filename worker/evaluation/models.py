@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ...protocol.errors import ConfigError
@@ -43,6 +44,7 @@ def open_model(folder: Path, device: str = "auto") -> Opened:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} holds no published model: config.json is missing", hint=_NAME_A_MODEL)
     where = device_of(device)
+    transformers.utils.logging.disable_progress_bar()
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -10,7 +10,7 @@ SEPARATOR = "\n\n"
 
 
 class Row(NamedTuple):
-    """``id`` is unique in its task; ``fields`` are shown as ``name: text`` in this order; ``label``: its label's number."""
+    """``id`` is unique in its task; ``fields`` are shown as ``name: text`` in this order; ``label``: its number."""
 
     id: str
     fields: tuple[tuple[str, str], ...]
