@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -62,3 +63,15 @@ def save(folder: Path, kind: str, *, prefix: bool, seed: int = 0, **extra) -> Pa
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | extra))
     return folder
+
+
+def one_by_one(model, context, answer, prefix):
+    """The plain way: one sequence, one explicit mask written position by position, no packing, no padding."""
+    tokens = [*context, *answer]
+    mask = torch.full((1, 1, len(tokens), len(tokens)), torch.finfo(torch.float32).min)
+    for q, k in itertools.product(range(len(tokens)), repeat=2):
+        if k <= q or (prefix and max(q, k) < len(context)):
+            mask[0, 0, q, k] = 0.0
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens]), attention_mask=mask, use_cache=False).logits[0]
+    return [float(logits[len(context) - 1 + i].double().log_softmax(0)[token]) for i, token in enumerate(answer)]

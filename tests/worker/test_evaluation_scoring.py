@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from tiny_models import POSITIONS, build
+from tiny_models import POSITIONS, build, one_by_one
 
 from potluck.protocol.errors import ConfigError
 from potluck.worker.evaluation.scoring import Query, Scorer, windows
 
 KINDS = [(kind, prefix) for kind in ("gptj", "llama") for prefix in (False, True)]
-
-
-def one_by_one(model, context, answer, prefix):
-    """The plain way: one sequence, one explicit mask written position by position, no packing, no padding."""
-    tokens = [*context, *answer]
-    mask = torch.full((1, 1, len(tokens), len(tokens)), torch.finfo(torch.float32).min)
-    for q, k in itertools.product(range(len(tokens)), repeat=2):
-        if k <= q or (prefix and max(q, k) < len(context)):
-            mask[0, 0, q, k] = 0.0
-    with torch.inference_mode():
-        logits = model(torch.tensor([tokens]), attention_mask=mask, use_cache=False).logits[0]
-    return [float(logits[len(context) - 1 + i].double().log_softmax(0)[token]) for i, token in enumerate(answer)]
 
 
 def naive(model, context, answer):

@@ -80,8 +80,8 @@ def evaluate(
 
     Raises ConfigError for a name nobody knows, UnreachableError when a task's data cannot be had.
     """
-    manager = TaskManager(include_path=str(include) if include else None)
-    unknown = [name for name in names if not manager.match_tasks([name])]
+    manager = _manager(names, include)
+    unknown = _unknown(manager, names)
     if unknown:
         raise ConfigError(
             f"lm-eval knows no task {', '.join(unknown)}",
@@ -106,6 +106,21 @@ def evaluate(
         ) from error
     assert results is not None
     return [line for name in results["samples"] for line in _lines(name, results)]
+
+
+def _manager(names: Sequence[str], include: Path | None) -> Any:
+    """Of the tasks below ``include`` alone if they are enough: lm-eval's own are over ten thousand files to read."""
+    if include:
+        if not include.is_dir():
+            raise ConfigError(f"{include} is no folder", hint="Name one with --include that holds tasks as YAML.")
+        own = TaskManager(include_path=str(include), include_defaults=False)
+        if not _unknown(own, names):
+            return own
+    return TaskManager(include_path=str(include) if include else None)
+
+
+def _unknown(manager: Any, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not manager.match_tasks([name])]
 
 
 def _is_about_data(error: BaseException) -> bool:
