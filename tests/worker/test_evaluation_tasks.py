@@ -232,3 +232,19 @@ def test_the_labels_share_one_context(tmp_path):
     context, answer = encode_pair(tokenizer(), "Text: a\nLabel:", " not overruling\n")
     assert tokenizer().decode(context) == "Text: a\nLabel:"
     assert tokenizer().decode(answer) == " not overruling\n"
+
+
+def test_without_scikit_learn_the_fix_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
+    write_raft(tmp_path, "overruling", "train", 50)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="scikit-learn is not installed") as found:
+        evaluate(Plan(model=tmp_path / "no model", suite="raft", data=tmp_path))
+    assert "[eval]" in found.value.hint
+
+
+def test_without_lm_eval_the_fix_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "potluck.worker.evaluation.harness", raising=False)
+    with pytest.raises(ConfigError, match=r"lm-eval \(lm_eval\) is not installed") as found:
+        evaluate(Plan(model=tmp_path / "no model", suite="lm-eval:arc_easy"))
+    assert "[eval]" in found.value.hint

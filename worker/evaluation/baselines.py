@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 
@@ -19,17 +20,22 @@ def majority(train: Labels, n: int) -> Labels:
 
 def tfidf(train_texts: Sequence[str], train: Labels, test_texts: Sequence[str]) -> Labels:
     """int64 [n]: TF-IDF of words and pairs of words, logistic regression, scikit-learn's defaults otherwise."""
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-    except ModuleNotFoundError as error:
-        raise missing("scikit-learn") from error
+    require()
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     if len(set(train.tolist())) < 2:
         return majority(train, len(test_texts))
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\S+")
     features = vectorizer.fit_transform(train_texts)
     model = LogisticRegression(max_iter=1000, C=10.0).fit(features, train)
     return np.asarray(model.predict(vectorizer.transform(test_texts)), dtype=np.int64)
+
+
+def require() -> None:
+    """Raises ConfigError without scikit-learn: better before a model is loaded than behind its first task."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise missing("scikit-learn")
 
 
 def missing(package: str) -> ConfigError:

@@ -212,9 +212,9 @@ def choose(task: Definition, candidates: list[Candidate]) -> Task:
         turns = [pools.get((is_train, i), []) for i in range(len(task.labels))]
         while len(chosen) < size and any(turns):
             for label, rows in enumerate(turns):
-                row = _next(task, rows, label)
-                if row and len(chosen) < size:
-                    chosen.append(row)
+                found = _next(task, rows, label) if len(chosen) < size else None
+                if found:
+                    chosen.append(found)
         parts.append(tuple(sorted(chosen, key=lambda row: key(SEED, "order", row.id))))
     return Task(task.name, task.instructions, tuple(task.labels), parts[0], parts[1])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from ...protocol.errors import ConfigError
-from . import classify, offline, raft, texts
+from . import baselines, classify, offline, raft, texts
 from .models import Opened, open_model
 from .prompts import Task
 from .report import Evaluation, TaskScore
@@ -41,6 +41,8 @@ def evaluate(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Eval
     """Runs ``plan``. What is left out is in the result, with the reason."""
     sources = [texts.read(name, path, plan.limit) for name, path in plan.texts]
     tasks, skipped = _tasks(plan)
+    if tasks:
+        baselines.require()
     if plan.suite.startswith(LM_EVAL):
         from . import harness  # before the model is loaded: it may be missing
     opened = open_model(plan.model, plan.device)

@@ -110,7 +110,9 @@ class Scorer:
         shape = len(pieces), max(piece.length for piece in pieces)
         tokens, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         owner = torch.full(shape, -1)  # 0: context, i: continuation i, -1: padding
-        rows, columns, targets = [], [], []
+        rows: list[int] = []
+        columns: list[int] = []
+        targets: list[int] = []
         for row, piece in enumerate(pieces):
             size = len(piece.context)
             tokens[row, :size] = torch.tensor(piece.context)
