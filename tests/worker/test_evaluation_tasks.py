@@ -245,6 +245,7 @@ def test_without_scikit_learn_the_fix_is_said_before_a_model_is_loaded(tmp_path,
 def test_without_lm_eval_the_fix_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "potluck.worker.evaluation.harness", raising=False)
+    monkeypatch.delattr("potluck.worker.evaluation.harness", raising=False)
     with pytest.raises(ConfigError, match=r"lm-eval \(lm_eval\) is not installed") as found:
         evaluate(Plan(model=tmp_path / "no model", suite="lm-eval:arc_easy"))
     assert "[eval]" in found.value.hint
