@@ -11,11 +11,11 @@ from potluck.worker.evaluation.baselines import majority
 from potluck.worker.evaluation.report import Evaluation, Guess, Score, TaskScore
 
 
-def plain_macro_f1(truth, guess):
+def plain_macro_f1(truth, guess, labels=()):
     scores = []
-    for label in set(truth) | set(guess):
+    for label in labels or set(truth) | set(guess):
         hits = sum(t == g == label for t, g in zip(truth, guess, strict=True))
-        scores.append(2 * hits / (truth.count(label) + guess.count(label)))
+        scores.append(2 * hits / max(1, truth.count(label) + guess.count(label)))
     return sum(scores) / len(scores)
 
 
@@ -23,9 +23,9 @@ def test_macro_f1_and_its_resamples_equal_the_definition():
     rng = np.random.default_rng(0)
     truth, guess = rng.integers(0, 4, 30), rng.integers(0, 5, 30)
     assert statistics.macro_f1(truth, guess) == pytest.approx(plain_macro_f1(truth.tolist(), guess.tolist()))
-    draws = statistics.resamples(30)[:20]
+    draws, labels = statistics.resamples(30)[:20], set(truth.tolist()) | set(guess.tolist())
     found = statistics._macro_f1(truth, guess, draws)
-    assert found == pytest.approx([plain_macro_f1(truth[d].tolist(), guess[d].tolist()) for d in draws])
+    assert found == pytest.approx([plain_macro_f1(truth[d].tolist(), guess[d].tolist(), labels) for d in draws])
 
 
 def test_macro_f1_equals_scikit_learn():

@@ -24,7 +24,8 @@ def macro_f1(truth: Labels, guess: Labels) -> float:
 
 
 def _macro_f1(truth: Labels, guess: Labels, draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[R] macro-F1 of each of the R resamples ``draws`` (int64 [R, n])."""
+    """[R] macro-F1 of each of the R resamples ``draws`` (int64 [R, n]), over the classes of the whole: one that a
+    resample lacks counts as 0, or small samples would look better than they are."""
     classes = int(max(truth.max(), guess.max())) + 1
     offset = np.arange(len(draws))[:, None] * classes
 
@@ -35,9 +36,8 @@ def _macro_f1(truth: Labels, guess: Labels, draws: NDArray[np.int64]) -> NDArray
 
     both = counted(truth) + counted(guess)
     hits = counted(truth, (truth == guess)[draws])
-    present = both > 0
-    f1 = np.divide(2 * hits, both, out=np.zeros_like(hits), where=present)
-    return f1.sum(1) / present.sum(1)
+    f1 = np.divide(2 * hits, both, out=np.zeros_like(hits), where=both > 0)
+    return f1.sum(1) / len(np.union1d(truth, guess))
 
 
 def resamples(n: int, seed: int = SEED) -> NDArray[np.int64]:
