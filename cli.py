@@ -15,6 +15,7 @@ import click
 from . import __version__
 from .cli_common import CONTEXT, Group, data_home, on_interrupt, ticket_text
 from .cli_data import data as data_commands
+from .cli_eval import eval_command
 from .protocol.errors import ConfigError, PotluckError
 
 
@@ -40,6 +41,9 @@ def main(verbose: bool) -> None:
         format="%(asctime)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
+
+
+main.add_command(eval_command)
 
 
 @main.command(context_settings=CONTEXT)
