@@ -98,3 +98,14 @@ class ListenerPipe:
 
     async def close(self) -> None:
         """The stream ends when its handler returns."""
+
+
+class ReturnedPipe(ListenerPipe):
+    """A stream that somebody called here because we asked for it; its handler waits until ``over``."""
+
+    def __init__(self, context: Any) -> None:
+        super().__init__(context)
+        self.over = asyncio.Event()
+
+    async def close(self) -> None:
+        self.over.set()

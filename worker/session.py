@@ -77,7 +77,9 @@ class Session:
         transport = GrpcTransport(
             self.identity,
             Certificate.generate(),
-            TransportConfig(run=self.ticket.run, admit=self.links.admit, channel=channel),
+            TransportConfig(
+                run=self.ticket.run, admit=self.links.admit, addresses=self.links.addresses, channel=channel
+            ),
             host=self.config.host,
             port=self.config.port,
         )
@@ -90,7 +92,7 @@ class Session:
             self.control.start(self.config.offer(addresses, name_of(self.identity) if is_installed() else ""))
             welcome = await self.control.welcome
             failpoint("worker.joined")
-            transport.use_relays(self.relays(welcome), self.ticket.secret)
+            transport.use_relays(self.relays(welcome), self.ticket.secret, dialable=bool(welcome.addresses))
             if welcome.p2p_relays and is_installed():
                 await asyncio.to_thread(preload)  # before other threads import anything: two at a time can go wrong
             p2p = asyncio.create_task(self.use_p2p(transport, welcome))
