@@ -15,6 +15,7 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -175,8 +176,9 @@ class Relay:
             if call is None:
                 return
             left = asyncio.ensure_future(pipe.recv())
+            ends: set[asyncio.Future[Any]] = {left, call.answered}
             try:
-                await asyncio.wait({left, call.answered}, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(ends, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 if left.done():
                     left.exception()
                     return

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 from collections import deque
 from datetime import timedelta
+from typing import Any
 
 from .errors import UnreachableError
 from .grpc_pipes import ReturnedPipe
@@ -42,9 +43,10 @@ class Returns:
         awaited: asyncio.Future[ReturnedPipe] = asyncio.get_running_loop().create_future()
         self._awaited.setdefault(peer_id, deque()).append(awaited)
         asking = asyncio.ensure_future(relays.ask_to_dial(peer_id, timeout))
+        ends: set[asyncio.Future[Any]] = {awaited, asking}
         try:
             seconds = timeout.total_seconds()
-            await asyncio.wait({awaited, asking}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if not awaited.done():
                 if asking.done():
                     await asking
