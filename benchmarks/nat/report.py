@@ -103,7 +103,7 @@ counts headers too; frames of {FRAME_NBYTES >> 10} KiB, at most {WINDOW_NBYTES >
 the addresses that they have; the others were told of those at which they answered the coordinator
 (`coordinator/addresses.py`). Without libp2p there is no hole punching: two that both have routers meet at a
 relay; if one of two has a public address, the other dials it, whoever wants to send: the relay only passes that request
-on.
+on. {found.get("note", "")}
 """
 
 
