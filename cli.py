@@ -16,6 +16,8 @@ from . import __version__
 from .cli_common import CONTEXT, Group, data_home, on_interrupt, ticket_text
 from .cli_data import data as data_commands
 from .cli_eval import eval_command
+from .cli_model import model
+from .cli_relay import relay
 from .protocol.errors import ConfigError, PotluckError
 
 
@@ -44,6 +46,7 @@ def main(verbose: bool) -> None:
 
 
 main.add_command(eval_command)
+main.add_command(model)
 
 
 @main.command(context_settings=CONTEXT)
@@ -233,6 +236,11 @@ def worker() -> None:
     show_default=True,
     help="How long to go on dialling a coordinator that does not answer.",
 )
+@click.option(
+    "--map-port",
+    is_flag=True,
+    help="Ask the router (UPnP, NAT-PMP) to open a port for libp2p; without, it is not spoken to. Needs the extra p2p.",
+)
 @click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu or cuda.")
 @click.option(
     "--state-mbps",
@@ -350,32 +358,4 @@ def sample(model: Path, prompt: str, tokens: int, seed: int) -> None:
     click.echo(write(model, prompt, tokens, seed))
 
 
-@main.group(context_settings=CONTEXT)
-def relay() -> None:
-    """Help workers to meet whose routers let nobody in."""
-
-
-@relay.command("up", context_settings=CONTEXT)
-@click.argument("ticket")
-@click.option("--data-dir", type=click.Path(path_type=Path), default=None, help="Where its certificate is kept.")
-@click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on.  [default: any]")
-@click.option("--advertise", default="", help="What workers dial, if it is not that: HOST or HOST:PORT.")
-@click.option("--peer-mbps", type=click.FloatRange(0), default=0.0, help="Most that one worker may send; 0: no limit.")
-def relay_up(ticket: str, data_dir: Path | None, **options: Any) -> None:
-    """Relay for the run of TICKET (or @FILE that holds it), beside the coordinator, which is a relay itself.
-
-    It prints a line for `coordinator.relays` of run.yaml; workers use it from then on. It moves what workers send to
-    each other, encrypted from one to the other, and keeps nothing. Ctrl-C stops it: workers go on over another relay.
-    """
-    from .coordinator.relay_service import relaying
-    from .protocol.ticket import Ticket
-
-    decoded = Ticket.decode(ticket_text(ticket), time.time())
-
-    async def run() -> None:
-        stop = asyncio.Event()
-        on_interrupt(stop)
-        await relaying(decoded, data_dir or data_home() / "relay", stop, click.echo, **options)
-
-    asyncio.run(run())
+main.add_command(relay)

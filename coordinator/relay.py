@@ -15,13 +15,14 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
 from ..protocol.errors import WireError
 from ..protocol.grpc_pipes import ListenerPipe
 from ..protocol.pipe import Pipe, PipeClosed
-from ..protocol.relay import ANSWER, ATTACH, CALL, CALL_NBYTES, Asked, admit, ring, verdict
+from ..protocol.relay import ANSWER, ATTACH, CALL, CALL_NBYTES, RETURN, Asked, admit, refusal, ring, verdict
 from ..protocol.throttle import Bucket
 from ..protocol.tunnel import MOST_NBYTES
 
@@ -91,6 +92,7 @@ class Relay:
             ATTACH: self._attach,
             CALL: self._call,
             ANSWER: self._answer,
+            RETURN: self._return,
         }
 
         def handler(door: Callable[[ListenerPipe], Awaitable[None]]) -> grpc.RpcMethodHandler:
@@ -126,7 +128,7 @@ class Relay:
         try:
             await verdict(pipe)
             while (call := await mine.rings.get()) is not None:
-                await pipe.send(ring(call))
+                await pipe.send(call)
         finally:
             listening.cancel()
             if self._attached.get(asked.peer) is mine:
@@ -149,19 +151,9 @@ class Relay:
         asked = await self._enter(pipe, CALL)
         if asked is None:
             return
-        callee = self._attached.get(asked.target)
-        if callee is None:
-            await verdict(pipe, "absent")
-            return
-        if self._going[asked.peer] >= self._most_calls:
-            await verdict(pipe, "busy")
-            return
-        number = secrets.token_bytes(CALL_NBYTES)
-        call = self._calls[number] = _Call(asked, asyncio.get_running_loop().create_future())
-        self._going[asked.peer] += 1
-        try:
-            callee.calls.add(call)
-            callee.rings.put_nowait(number)
+        async with self._ringing(pipe, asked, "") as call:
+            if call is None:
+                return
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     far = await call.answered
@@ -174,6 +166,50 @@ class Relay:
             await verdict(pipe)
             self._of(asked.peer).calls += 1
             await self._join(pipe, far, call)
+
+    async def _return(self, pipe: ListenerPipe) -> None:
+        """Has a peer told to dial who asks. Nothing is heard of it again, unless it does not: who asked leaves."""
+        asked = await self._enter(pipe, RETURN)
+        if asked is None:
+            return
+        async with self._ringing(pipe, asked, asked.peer) as call:
+            if call is None:
+                return
+            left = asyncio.ensure_future(pipe.recv())
+            ends: set[asyncio.Future[Any]] = {left, call.answered}
+            try:
+                await asyncio.wait(ends, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if left.done():
+                    left.exception()
+                    return
+                why = "silent"
+                if call.answered.done():
+                    far = call.answered.result()
+                    async with asyncio.timeout(ENTER_SECONDS):
+                        why = "absent" if far is None else refusal(await far.recv())
+                await verdict(pipe, why)
+            finally:
+                left.cancel()
+
+    @contextlib.asynccontextmanager
+    async def _ringing(self, pipe: ListenerPipe, asked: Asked, caller: str) -> AsyncIterator[_Call | None]:
+        """A call that its callee is told of; None if that cannot be, and who calls was told why."""
+        callee = self._attached.get(asked.target)
+        if callee is None:
+            await verdict(pipe, "absent")
+            yield None
+            return
+        if self._going[asked.peer] >= self._most_calls:
+            await verdict(pipe, "busy")
+            yield None
+            return
+        number = secrets.token_bytes(CALL_NBYTES)
+        call = self._calls[number] = _Call(asked, asyncio.get_running_loop().create_future())
+        self._going[asked.peer] += 1
+        try:
+            callee.calls.add(call)
+            callee.rings.put_nowait(ring(number, caller))
+            yield call
         finally:
             self._calls.pop(number, None)
             callee.calls.discard(call)

@@ -159,7 +159,7 @@ class CoordinatorConfig(Section, frozen=True, kw_only=True):
     relay_peer_mbps: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     relays: tuple[str, ...] = ()
     # libp2p relays, for workers that have the extra `p2p`: two behind routers that meet there can then often go on
-    # without it. Lines of `python -m potluck.protocol.p2p_relay`; four at different addresses, or no hole is found.
+    # without it. Lines of `potluck relay p2p`; four at different addresses, or no hole is found.
     p2p_relays: tuple[str, ...] = ()
     # Whether workers may name addresses of a home's or a company's own network. By default they may where the
     # coordinator itself is dialled at one.

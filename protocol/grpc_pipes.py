@@ -31,6 +31,7 @@ class DiallerPipe:
         self._channel = channel
         self._call = channel.stream_stream(method, None, None)(None)
         self._broken = False
+        self._reading: asyncio.Future[Any] | None = None  # of the next message: goes on if who waits for it does not
 
     @property
     def remote(self) -> tuple[str, int]:
@@ -45,11 +46,19 @@ class DiallerPipe:
 
     async def recv(self) -> bytes:
         try:
-            message = await self._call.read()
+            message = await self._read()
         except _GRPC_ERRORS as error:
             raise self._closed(error) from None
         if not isinstance(message, bytes):  # EOF
             raise self._closed(None)
+        return message
+
+    async def _read(self) -> Any:
+        """Cancelling gRPC's own read would cancel the call, and what is under way with it."""
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._call.read())
+        message = await asyncio.shield(self._reading)
+        self._reading = None
         return message
 
     async def close(self) -> None:
@@ -59,10 +68,12 @@ class DiallerPipe:
                 with contextlib.suppress(*_GRPC_ERRORS, TimeoutError):
                     async with asyncio.timeout(CLOSE_SECONDS):
                         await self._call.done_writing()
-                        while isinstance(await self._call.read(), bytes):
+                        while isinstance(await self._read(), bytes):
                             pass
         finally:
             self._call.cancel()
+            if self._reading is not None:
+                await asyncio.gather(self._reading, return_exceptions=True)
             await self._channel.close(None)
 
     def _closed(self, error: Exception | None) -> PipeClosed:
@@ -98,3 +109,14 @@ class ListenerPipe:
 
     async def close(self) -> None:
         """The stream ends when its handler returns."""
+
+
+class ReturnedPipe(ListenerPipe):
+    """A stream that somebody called here because we asked for it; its handler waits until ``over``."""
+
+    def __init__(self, context: Any) -> None:
+        super().__init__(context)
+        self.over = asyncio.Event()
+
+    async def close(self) -> None:
+        self.over.set()

@@ -53,7 +53,7 @@ def check_relay(text: str) -> None:
     except UnreachableError:
         raise ConfigError(
             f"{text[:200]!r} is not a libp2p relay",
-            hint="Copy a line that `python -m potluck.protocol.p2p_relay` prints: /ip4/.../tcp/.../p2p/...",
+            hint="Copy a line that `potluck relay p2p` prints: /ip4/.../tcp/.../p2p/...",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""``python -m potluck.protocol.p2p_relay``: a libp2p relay for runs, where workers behind routers meet.
+"""``potluck relay p2p``: a libp2p relay for runs, where workers behind routers meet.
 
 It moves encrypted streams and knows nothing of runs. A relay takes 128 peers that wait to be called, and 16 calls of
 each; so a run has several, at different addresses: from fewer than four, libp2p does not learn where a peer is seen
@@ -8,24 +8,29 @@ from outside, and punches no hole.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
-import signal
-import sys
+import os
+import re
+import socket
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-import click
-
-from .errors import PotluckError, UnreachableError
+from .errors import ConfigError, UnreachableError
 from .identity import Identity, lock
-from .multiaddr import Places
+from .multiaddr import Places, encode
+from .own_address import advertised
 from .p2p import StreamPipe
 from .p2pd import Daemon, DaemonConfig, DaemonError, Stream, with_port
 from .pipe import PipeClosed
+from .tls import join_address, split_address
 
 log = logging.getLogger(__name__)
 PORT = 4001
+KEY = "p2p.pem"
+LOOPBACK = re.compile(r"/ip4/127\.|/ip6/::1/")
 MOST_STARTS = 5
 TRIAL = "/potluck/trial/1"
 TRIAL_NBYTES = 256 * 1024  # two starts in ten end with a limit of 128 KiB for each call, if Go has more than one core
@@ -102,39 +107,87 @@ async def _refuse(stream: Stream) -> None:
     stream.writer.transport.abort()
 
 
-async def serve(key: Path, config: DaemonConfig) -> None:
-    """Until it is interrupted."""
-    ended = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+async def serving(
+    folder: Path, stop: asyncio.Event, say: Callable[[str], None], *, host: str, port: int, advertise: str
+) -> None:
+    """Serves until ``stop``, with the key in ``folder``, by which others know it; says where it is.
+
+    ``port`` of TCP and of UDP, 0 any; ``advertise``: HOST or HOST:PORT that others dial, if it is not that.
+    ``DaemonError`` if it cannot be, ``ConfigError`` for a place that makes no sense.
+    """
+    config = placed(host, port, advertise)
+    key = folder / KEY
     with lock(key):
-        relay = await start(Identity.load_or_create(key), config)
+        check_free(host, port)
+        starting = asyncio.ensure_future(start(Identity.load_or_create(key), config))
+        asked = asyncio.ensure_future(stop.wait())
         try:
-            for address in relay.addresses:
-                click.echo(address)
-            await ended.wait()
+            await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                return
+            for address in best(starting.result().addresses):
+                say(f"Relay:   {address}")
+            say("Put one of these lines into run.yaml, under coordinator: p2p_relays: [...], beside those of other")
+            say("relays (four at different addresses, for holes to be punched), and start the coordinator again.")
+            await asked
         finally:
-            await relay.close()
+            asked.cancel()
+            starting.cancel()
+            await asyncio.wait({starting})
+            if not starting.cancelled() and starting.exception() is None:
+                await starting.result().close()
 
 
-@click.command()
-@click.option("--key", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Its key; made if missing.")
-@click.option(
-    "--listen",
-    multiple=True,
-    default=[f"/ip4/0.0.0.0/tcp/{PORT}", f"/ip4/0.0.0.0/udp/{PORT}/quic-v1"],
-    show_default=True,
-    help="Multiaddr to listen at; several times for several.",
-)
-@click.option("--announce", multiple=True, help="Multiaddr to be told of instead: of a forwarded port, or a name.")
-def main(key: Path, listen: tuple[str, ...], announce: tuple[str, ...]) -> None:
-    """A libp2p relay. Prints the lines for a run's coordinator.p2p_relays."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def placed(host: str, port: int, advertise: str) -> DaemonConfig:
+    """A relay's daemon at ``host``, an address of this machine, that others dial at ``advertise``."""
     try:
-        asyncio.run(serve(key, DaemonConfig(listen=listen, announce=announce, serves=True)))
-    except PotluckError as error:
-        sys.exit(f"p2p_relay: {error.one_line()}")
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise ConfigError(
+            f"--host {host[:100]}: not an address", hint="Give one of this machine, or 0.0.0.0 for all."
+        ) from None
+    announce: tuple[str, ...] = ()
+    if advertise:
+        try:
+            name, own_port = split_address(advertised(advertise, host, port))
+            announce = at(name, own_port)
+            if not port or not all(map(encode, announce)):
+                raise UnreachableError("which port is passed on to it is not known")
+        except UnreachableError:
+            raise ConfigError(
+                f"--advertise {advertise[:100]}: not where others can dial",
+                hint="Give HOST or HOST:PORT, and a --port that is not 0.",
+            ) from None
+    return DaemonConfig(listen=at(host, port), announce=announce, serves=True)
 
 
-if __name__ == "__main__":
-    main()
+def check_free(host: str, port: int) -> None:
+    """``UnreachableError`` if the port is taken: the daemon goes on with one of its two, and says nothing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        try:
+            with socket.socket(family, kind) as probe:
+                if kind == socket.SOCK_STREAM and os.name == "posix":
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are over are none
+                probe.bind((host, port))
+        except OSError as error:
+            raise UnreachableError(
+                f"cannot listen on {join_address(host, port)} ({'TCP' if kind == socket.SOCK_STREAM else 'UDP'}):"
+                f" {os.strerror(error.errno or 0)}",
+                hint="choose another --port (0 takes any free one), or check --host",
+                code="port",
+            ) from None
+
+
+def at(host: str, port: int) -> tuple[str, ...]:
+    """The multiaddrs of both ways, TCP and QUIC."""
+    try:
+        kind = f"ip{ipaddress.ip_address(host).version}"
+    except ValueError:
+        kind = "dns"
+    return f"/{kind}/{host}/tcp/{port}", f"/{kind}/{host}/udp/{port}/quic-v1"
+
+
+def best(addresses: Sequence[str]) -> list[str]:
+    """Those that workers elsewhere can dial, if there are any: no loopback beside others."""
+    return [each for each in addresses if not LOOPBACK.match(each)] or list(addresses)

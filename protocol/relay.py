@@ -3,8 +3,10 @@
 Both sides dial the relay, so a router that lets connections out is enough. Who can be called stays attached, and says
 so every two seconds: if its router was restarted, the line breaks by that, and another is made before anybody misses
 it. A caller names a peer, that peer is told (``Ring``) and dials back with the call's number, and from then on every
-message of one stream goes out on the other. Admission is by the run's ticket: a signature of the peer's key and proof
-of the secret, both bound to the relay's certificate and to its nonce.
+message of one stream goes out on the other. A caller that can be dialled itself asks for that first (``RETURN``): the
+peer is told who it is, and dials it; only if it does not, it comes back with the number and says why. Admission is by
+the run's ticket: a signature of the peer's key and proof of the secret, both bound to the relay's certificate and to
+its nonce.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from .pipe import Pipe
 from .tls import FINGERPRINT, split_address
 
 ATTACH, CALL, ANSWER = "/potluck.Relay/Attach", "/potluck.Relay/Call", "/potluck.Relay/Answer"
+RETURN = "/potluck.Relay/Return"
 CALL_NBYTES = 16
 BEAT, BEAT_SECONDS = b"", 2.0  # what an attached peer says, and how often
 _RELAY = b"potluck relay 1"
@@ -68,9 +71,10 @@ class _Verdict(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
 
 
 class Ring(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Somebody calls: answer with the number."""
+    """Somebody calls: answer with the number; or, where it is said who, dial that peer."""
 
     call: Annotated[bytes, Meta(min_length=CALL_NBYTES, max_length=CALL_NBYTES)]
+    caller: Text
 
 
 class Asked(NamedTuple):
@@ -85,6 +89,7 @@ REFUSALS = {
     "absent": "the peer is not attached to the relay",
     "silent": "the peer does not answer through the relay",
     "busy": "the relay has as many calls from here as it allows",
+    "oneway": "the peer cannot dial this one",
 }
 
 
@@ -120,13 +125,19 @@ async def verdict(pipe: Pipe, code: str = "") -> None:
     await pipe.send(msgspec.msgpack.encode(_Verdict(code)))
 
 
-def ring(call: bytes) -> bytes:
-    return msgspec.msgpack.encode(Ring(call))
+def refusal(data: bytes) -> str:
+    """What a peer says that does not dial back: a code of ``REFUSALS``."""
+    code = decode(data, _Verdict).code
+    return code if code in REFUSALS else "oneway"
 
 
-def rung(data: bytes) -> bytes:
-    """The number of the call that a peer is told of."""
-    return decode(data, Ring).call
+def ring(call: bytes, caller: str = "") -> bytes:
+    return msgspec.msgpack.encode(Ring(call, caller))
+
+
+def rung(data: bytes) -> Ring:
+    """What a peer is told of a call."""
+    return decode(data, Ring)
 
 
 def _signed(method: str, nonce: bytes, fingerprint: str, run: str, target: str) -> bytes:

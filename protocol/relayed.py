@@ -20,7 +20,7 @@ from .grpc_pipes import DiallerPipe
 from .handshake import prove_to_dialler, prove_to_listener
 from .identity import Identity
 from .pipe import Pipe
-from .relay import ANSWER, ATTACH, BEAT, BEAT_SECONDS, CALL, Spot, enter, rung
+from .relay import ANSWER, ATTACH, BEAT, BEAT_SECONDS, CALL, REFUSALS, RETURN, Ring, Spot, enter, rung, verdict
 from .tls import Certificate, fetch_certificate, fingerprint_of, pinned_channel, split_address
 from .transport import TransportConfig
 from .tunnel import Tunnel
@@ -30,16 +30,24 @@ FIRST_PAUSE, LAST_PAUSE = 0.5, 30.0  # seconds between two tries to attach
 MOST_ANSWERS = 256  # calls that are being answered at a time
 
 Serve = Callable[[str, Pipe], Awaitable[None]]
+DialBack = Callable[[str], Awaitable[Pipe]]
 
 
 class Relays:
-    """``serve`` gets every peer that calls and has proven who it is, with its pipe; it closes the pipe."""
+    """``serve`` gets every peer that calls and has proven who it is, with its pipe; it closes the pipe. ``dial_back``
+    makes a pipe straight to a peer that asks for it."""
 
     def __init__(
-        self, identity: Identity, certificate: Certificate, config: TransportConfig, secret: str, serve: Serve
+        self,
+        identity: Identity,
+        certificate: Certificate,
+        config: TransportConfig,
+        secret: str,
+        serve: Serve,
+        dial_back: DialBack,
     ) -> None:
         self._identity, self._certificate, self._config = identity, certificate, config
-        self._secret, self._serve = secret, serve
+        self._secret, self._serve, self._dial_back = secret, serve, dial_back
         self._spots: dict[Spot, asyncio.Task[None]] = {}
         self._attached: set[Spot] = set()
         self._certificates: dict[Spot, bytes] = {}  # DER, once its fingerprint was seen to be right
@@ -83,6 +91,26 @@ class Relays:
                 ) from None
             raise
 
+    async def ask_to_dial(self, peer_id: str, timeout: timedelta) -> None:
+        """Has a peer told, at one relay after the other, to dial us. It ends only badly, if that does not come about:
+        ``UnreachableError`` with a code of ``relay.REFUSALS``. Cancel it once the peer is there."""
+        failed = UnreachableError(f"there is no relay at which {peer_id} could be asked to dial")
+        for spot in self.spots:
+            raw: DiallerPipe | None = None
+            try:
+                raw = await self._dial(spot, RETURN, timeout)
+                await enter(raw, self._identity, self._secret, spot, self._config.run, RETURN, peer_id)
+            except WireError as error:
+                failed = UnreachableError(f"what answers at {spot.address} is no relay: {error}")
+            except UnreachableError as error:
+                failed = error
+            finally:
+                if raw is not None:
+                    await raw.close()
+            if failed.code in ("admission", "oneway"):
+                break  # the peer itself has answered
+        raise failed
+
     async def close(self) -> None:
         tasks = [*self._spots.values(), *self._answers]
         for task in tasks:
@@ -120,9 +148,10 @@ class Relays:
                 await asyncio.sleep(BEAT_SECONDS)
                 await raw.send(BEAT)
 
-    def _ring(self, spot: Spot, call: bytes) -> None:
+    def _ring(self, spot: Spot, ring: Ring) -> None:
         if len(self._answers) < MOST_ANSWERS:
-            task = asyncio.create_task(self._answer(spot, call))
+            job = self._return(spot, ring) if ring.caller else self._answer(spot, ring.call)
+            task = asyncio.create_task(job)
             self._answers.add(task)
             task.add_done_callback(self._answers.discard)
 
@@ -138,6 +167,24 @@ class Relays:
                 if peer is not None:
                     self._config.channel.meter.record_connection(peer, dialled=False, proof=True)
                     await self._serve(peer, pipe)
+            finally:
+                await pipe.close()
+
+    async def _return(self, spot: Spot, ring: Ring) -> None:
+        """Dials who asks for it; if that leads nowhere, the relay is told why."""
+        with contextlib.suppress(PotluckError, TimeoutError):
+            try:
+                pipe = await self._dial_back(ring.caller)
+            except UnreachableError as error:
+                raw = await self._dial(spot, ANSWER, self._config.channel.dial_timeout)
+                try:
+                    await raw.send(ring.call)
+                    await verdict(raw, error.code if error.code in REFUSALS else "oneway")
+                finally:
+                    await raw.close()
+                return
+            try:
+                await self._serve(ring.caller, pipe)
             finally:
                 await pipe.close()
 

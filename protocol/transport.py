@@ -23,12 +23,18 @@ def everyone(peer_id: str) -> bool:
     return True
 
 
+def nowhere(peer_id: str) -> Sequence[str]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransportConfig:
-    """``admit`` says whether a peer that proved its name may open a channel (peers of the current plan)."""
+    """``admit`` says whether a peer that proved its name may open a channel (peers of the current plan), ``addresses``
+    where such a peer is dialled that asks for it."""
 
     run: str
     admit: Callable[[str], bool] = everyone
+    addresses: Callable[[str], Sequence[str]] = nowhere
     channel: ChannelConfig = field(default_factory=ChannelConfig)
 
 

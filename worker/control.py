@@ -9,6 +9,7 @@ import logging
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -100,6 +101,7 @@ class Control:
         self._reports = Reports()
         self._unsent, self._acked = asyncio.Event(), asyncio.Event()
         self._closing = self._leaving = False
+        self._again = False  # whether what the stream began with is not true any more
         self._welcomed = 0.0  # when the stream in use, or the last one, began
         self._sent = 0  # seq of the newest report written to the stream in use
         self._token = b""
@@ -152,6 +154,13 @@ class Control:
         """Asks to go; said again on every new connection until we are released."""
         self._leaving = True
         self.report(leaving=pb.Leaving())
+
+    def withdraw_p2p(self) -> None:
+        """There is no libp2p daemon, though the hello named one: says hello again without."""
+        if self._offer.p2p:
+            self._offer = replace(self._offer, p2p="")
+            self._again = True
+            self._unsent.set()
 
     async def _run(self) -> None:
         tries, broken = 0, self._loop.time()
@@ -218,6 +227,7 @@ class Control:
                 self._count("in", message.ByteSize())
                 body = message.WhichOneof("body")
                 if body == "challenge":
+                    self._again = False
                     await self._write(stream, pb.Up(hello=self._hello(message.challenge.nonce)))
                 elif body == "welcome":
                     self._token = message.welcome.token
@@ -272,7 +282,7 @@ class Control:
                     self._count("out", pb.Up(heartbeat=self._heartbeat()).ByteSize())
                     await stream.write(pb.Up(heartbeat=self._heartbeat()))
                     beat = now + HEARTBEAT_SECONDS
-                if self._closing:
+                if self._closing or self._again:
                     await stream.done_writing()  # the coordinator has read it all when it ends the stream
                     return
                 with contextlib.suppress(TimeoutError):

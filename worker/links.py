@@ -1,6 +1,7 @@
 """The way to other peers: what we send goes over channels we dial, everything that arrives into the mailbox.
 
-Each side dials those it sends to, so nobody has to agree on who dials. A channel keeps its order, so rounds and
+Each side dials those it sends to, so nobody has to agree on who dials; the transport may have the other side make the
+connection (``protocol/reversal.py``). A channel keeps its order, so rounds and
 states have one of their own each beside that of the boundary tensors, and give way to it, a state also to a round:
 message by message (64 KiB) they go when nothing that comes first is on its way to anybody, few at a time, or after a
 second. So a long transfer never holds up a microbatch. States, and what goes to keepers, belong to no generation, and
@@ -93,6 +94,10 @@ class Links:
     def admit(self, peer: str) -> bool:
         """Whether a peer may open a channel: those of the plan, and its donors."""
         return peer in self._addresses
+
+    def addresses(self, peer: str) -> tuple[str, ...]:
+        """Where a peer is dialled that may open a channel."""
+        return self._addresses.get(peer, ())
 
     def follow(self, plan: Plan) -> None:
         """Takes over a plan: who may come in, where to dial, what is over. It may be of the same generation, which goes

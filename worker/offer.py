@@ -10,8 +10,10 @@ from pathlib import Path
 
 import psutil
 
+from ..protocol.errors import ConfigError
 from ..protocol.identity import Identity
 from ..protocol.own_address import everywhere
+from ..protocol.p2pd import is_installed
 from ..protocol.ticket import Ticket
 from ..protocol.tls import split_address
 
@@ -44,10 +46,16 @@ class WorkerConfig:
     speed: float = 1.0
     device: str = "auto"  # a GPU if torch finds one
     patience_minutes: float = 10.0  # without the coordinator, before it gives up
+    map_port: bool = False  # whether the router at home is asked to open a port for libp2p
     state_mbps: float = 50.0  # of the line, each way, for states of stages that peers take over; 0: no limit
 
     def decided(self, ticket: Ticket, identity: Identity) -> WorkerConfig:
-        """Everything filled in but ``device``."""
+        """Everything filled in but ``device``. ``ConfigError`` for what cannot be done here."""
+        if self.map_port and not is_installed():
+            raise ConfigError(
+                "--map-port needs libp2p, which is not installed",
+                hint='In potluck\'s checkout: pip install -e ".[p2p]" (Linux, macOS), or leave it out.',
+            )
         return replace(
             self,
             name=self.name or f"worker-{identity.peer_id[:6]}",

@@ -77,7 +77,9 @@ class Session:
         transport = GrpcTransport(
             self.identity,
             Certificate.generate(),
-            TransportConfig(run=self.ticket.run, admit=self.links.admit, channel=channel),
+            TransportConfig(
+                run=self.ticket.run, admit=self.links.admit, addresses=self.links.addresses, channel=channel
+            ),
             host=self.config.host,
             port=self.config.port,
         )
@@ -90,7 +92,7 @@ class Session:
             self.control.start(self.config.offer(addresses, name_of(self.identity) if is_installed() else ""))
             welcome = await self.control.welcome
             failpoint("worker.joined")
-            transport.use_relays(self.relays(welcome), self.ticket.secret)
+            transport.use_relays(self.relays(welcome), self.ticket.secret, dialable=bool(welcome.addresses))
             if welcome.p2p_relays and is_installed():
                 await asyncio.to_thread(preload)  # before other threads import anything: two at a time can go wrong
             p2p = asyncio.create_task(self.use_p2p(transport, welcome))
@@ -131,16 +133,27 @@ class Session:
             await self.control.close()  # last: what the links cost to the end is in its last totals
 
     async def use_p2p(self, transport: GrpcTransport, welcome: pb.Welcome) -> None:
-        """One more way to peers behind routers, if the run has libp2p relays. Nothing depends on it."""
+        """One more way to peers behind routers, if the run has libp2p relays. Nothing depends on it.
+
+        The hello has named our daemon, so that the first plan has it; if there is none, that is taken back.
+        """
         if not welcome.p2p_relays:
+            if self.config.map_port:
+                self.say("no port is asked for: the run has no relay of libp2p, so no worker dials one")
             return
         try:
             for text in welcome.p2p_relays:
                 check_relay(text)
-            host = listen_at(self.config.host)
-            await transport.use_p2p(DaemonConfig(listen=host, relays=tuple(welcome.p2p_relays)))
+            await transport.use_p2p(
+                DaemonConfig(
+                    listen=listen_at(self.config.host),
+                    relays=tuple(welcome.p2p_relays),
+                    map_port=self.config.map_port,
+                )
+            )
         except PotluckError as error:
             self.say(error.one_line())
+            self.control.withdraw_p2p()
 
     def relays(self, welcome: pb.Welcome) -> list[Spot]:
         """Of the run; the coordinator's own where we have dialled it ourselves."""

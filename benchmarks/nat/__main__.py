@@ -2,12 +2,14 @@
 
     python -m benchmarks.nat             all of these, one after the other: about 12 minutes
     python -m benchmarks.nat pairs       every kind of router with every kind: path, time to the first frame, rate
+    python -m benchmarks.nat p2p         some of these pairs, meeting at relays of libp2p: is a hole punched?
     python -m benchmarks.nat train       real runs through the coordinator's relay, whole and cut: the same weights?
     python -m benchmarks.nat relay       one relay: MB/s, CPU, and how evenly it serves many
     python -m benchmarks.nat report      docs/NAT.md from what the others have found
 
 Every part puts what it found into docs/nat.json, and docs/NAT.md is written anew. Needs Linux, and root or user
-namespaces (``relay`` does not); two idle cores for figures that mean something.
+namespaces (``relay`` does not; ``p2p`` needs root and the extra p2p, and is left out of all where they are not); two
+idle cores for figures that mean something.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.netlab.profiles import PROFILES
+from potluck.protocol.p2pd import is_installed
 
-from . import load, pairs, report, train
+from . import load, pairs, punch, report, train
 
 DOCS = Path(__file__).parents[2] / "docs"
 ROUTERS = "symmetric"  # the hardest kind: of both workers, in training
@@ -31,6 +34,15 @@ def do_pairs(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = []
     how = {"line": options.line, "seconds": options.seconds, "hold": options.hold}
     for pair in pairs.measure(**how, folder=folder):
+        rows.append(asdict(pair))
+        print(report.one_pair(rows[-1]), flush=True)
+    return {**how, "rows": rows}
+
+
+def do_p2p(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    rows = []
+    how = {"line": options.line, "seconds": options.seconds, "hold": options.hold}
+    for pair in punch.measure(**how, folder=folder):
         rows.append(asdict(pair))
         print(report.one_pair(rows[-1]), flush=True)
     return {**how, "rows": rows}
@@ -60,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.nat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = {"pairs": do_pairs, "train": do_train, "relay": do_relay}
+    parts = {"pairs": do_pairs, "p2p": do_p2p, "train": do_train, "relay": do_relay}
     parser.add_argument("part", nargs="?", choices=(*parts, "report"), help="left out: all")
     parser.add_argument("--line", choices=PROFILES, default="home-cable", help="of every worker (default home-cable)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a pair's stream that count (default 4)")
@@ -72,7 +84,8 @@ def main() -> None:
     parser.add_argument("--relay-seconds", type=float, default=10.0, help="that count, of a relay's load (default 10)")
     options = parser.parse_args()
     for name, part in parts.items():
-        if options.part in (None, name):
+        possible = name != "p2p" or (is_installed() and os.geteuid() == 0)
+        if options.part == name or (options.part is None and possible):
             busy = os.getloadavg()[0]
             with tempfile.TemporaryDirectory() as folder:
                 report.save(DOCS, name, part(options, Path(folder)) | {"load": busy})

@@ -1,7 +1,8 @@
 """Two peers behind routers of every kind: which path they get, how soon, how much of the line it takes.
 
 Real transports and a real relay, in processes with a network namespace each (``benchmarks/netlab``). Peers name the
-addresses that they have; the relay's host tries them as a coordinator does, and others hear of those that answer.
+addresses that they have; the relay's host tries them as a coordinator does, and others hear of those that answer. Who
+has one asks who has none to dial (``protocol/reversal.py``).
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def ends(lab: Lab, hosts: dict[str, int], folder: Path) -> Iterator[dict[str, En
             process = talk(host, "peer")
             about = process.ask("open", name=name, host=lab.inside(host), spot=spot, window=WINDOW_NBYTES)
             reached = hub.ask("confirm", addresses=about["addresses"], key=about["key"])
+            if reached:
+                process.ask("dialable", name=name)
             made[name] = End(process, name, about["peer"], reached)
         deadline = time.monotonic() + 60
         while hub.ask("state")["attached"] < len(made):
@@ -103,6 +106,7 @@ def measure(
 
 def one(near: End, far: End, pair: Pair, seconds: float) -> Pair:
     """Dials, sends a first frame, then as many as the path takes for ``seconds``."""
+    far.talk.ask("tell", name=far.name, peer=near.peer, addresses=near.addresses)
     told = near.talk.ask("dial", name=near.name, peer=far.peer, addresses=far.addresses)
     if "failed" in told:
         pair.failed = f"{told['failed']}: {told['why']}"

@@ -54,6 +54,8 @@ class Received:
 @dataclass(eq=False)
 class Peer:
     transport: GrpcTransport
+    spots: list[Spot] = field(default_factory=list)
+    told: dict[str, list[str]] = field(default_factory=dict)  # where others are
     received: dict[str, Received] = field(default_factory=dict)
     channels: dict[str, Channel] = field(default_factory=dict)
     streams: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -83,12 +85,22 @@ class Peers:
     async def open(self, name: str, host: str, spot: str, window: int) -> dict[str, Any]:
         """``window``: bytes that may be sent and not yet acknowledged."""
         identity = Identity.generate()
-        config = TransportConfig(run=RUN, channel=ChannelConfig(send_window_nbytes=window))
+        told: dict[str, list[str]] = {}
+        channel = ChannelConfig(send_window_nbytes=window)
+        config = TransportConfig(run=RUN, addresses=lambda peer: told.get(peer, ()), channel=channel)
         transport = GrpcTransport(identity, Certificate.generate(), config, host=host)
-        peer = self._peers[name] = Peer(transport)
+        peer = self._peers[name] = Peer(transport, [Spot.parse(spot)], told)
         addresses = await transport.listen(peer.accept)
-        transport.use_relays([Spot.parse(spot)], SECRET)
+        transport.use_relays(peer.spots, SECRET)
         return {"peer": identity.peer_id, "key": identity.public_bytes.hex(), "addresses": addresses}
+
+    async def dialable(self, name: str) -> None:
+        """Others know where it is."""
+        self._peers[name].transport.use_relays(self._peers[name].spots, SECRET, dialable=True)
+
+    async def tell(self, name: str, peer: str, addresses: list[str]) -> None:
+        """Where another one is, as a plan does."""
+        self._peers[name].told[peer] = addresses
 
     async def dial(self, name: str, peer: str, addresses: list[str]) -> dict[str, Any]:
         """Dials and sends a first frame: when that began, and over which path."""
@@ -138,7 +150,7 @@ class Peers:
 
 async def main() -> None:
     peers = Peers()
-    names = ("open", "dial", "send", "stream", "rest", "received")
+    names = ("open", "dialable", "tell", "dial", "send", "stream", "rest", "received")
     await obey({name: getattr(peers, name) for name in names})
 
 

@@ -17,6 +17,7 @@ from .load import LEAST_WINDOW
 from .load import WINDOW_NBYTES as LOAD_WINDOW
 from .pairs import WARM_SECONDS, WINDOW_NBYTES
 from .peer import FRAME_NBYTES
+from .punch import RELAYS
 
 AIM_MB = 300.0  # a second and core, of a relay
 KINDS = {
@@ -50,7 +51,8 @@ def one_pair(row: dict[str, Any]) -> str:
     way = f"{row['dialler']} to {row['listener']}"
     if row["failed"]:
         return f"{way}: {row['failed']}"
-    return f"{way}: {row['path']}, {row['first_seconds']:.2f} s, {row['share']:.0%}; later {row['later']}"
+    share = "-" if row["share"] is None else f"{row['share']:.0%}"
+    return f"{way}: {row['path']}, {row['first_seconds']:.2f} s, {share}; later {row['later']}"
 
 
 def one_training(row: dict[str, Any]) -> str:
@@ -99,8 +101,33 @@ Every worker's line: `{line}` ({PROFILES[line].about}); the relay's host has one
 same round trip. Share: frames' bytes of {found["seconds"]:g} s, after {WARM_SECONDS:g} s, over the uplink's rate, which
 counts headers too; frames of {FRAME_NBYTES >> 10} KiB, at most {WINDOW_NBYTES >> 20} MiB unacknowledged. Workers named
 the addresses that they have; the others were told of those at which they answered the coordinator
-(`coordinator/addresses.py`). Without libp2p there is no hole punching: whoever has a router is reached through a relay,
-whoever has a public address directly.
+(`coordinator/addresses.py`). Without libp2p there is no hole punching: two that both have routers meet at a
+relay; if one of two has a public address, the other dials it, whoever wants to send: the relay only passes that request
+on. {found.get("note", "")}
+"""
+
+
+def punching(found: dict[str, Any]) -> str:
+    rows = []
+    for row in found["rows"]:
+        ways = [row["dialler"], row["listener"]]
+        if row["failed"]:
+            rows.append([*ways, "none: " + row["failed"].split(":")[0], "-", "-", "-"])
+            continue
+        share = "-" if row["share"] is None else f"{row['share']:.0%}"
+        rows.append([*ways, row["path"], f"{row['first_seconds']:.2f}", row["later"], share])
+    line = found["line"]
+    return f"""## With libp2p
+
+Some of these pairs where both workers have the extra `p2p` and meet at {RELAYS} relays of libp2p at as many public
+addresses, and at no other relay. *First*: the path on which the first frame came, and seconds from dialling to that,
+once relays keep a place for both. *Later*: the path after {found["hold"]:g} s, and the share of the line that it takes
+(frames' bytes of {found["seconds"]:g} s, after {WARM_SECONDS:g} s, over the uplink's rate). *Punched*: straight through
+both routers. A channel looks for such a path after 10 s and after a minute.
+
+{table(["from", "to", "first", "s", "later", "share"], rows, 3)}
+
+Every worker's line: `{line}` ({PROFILES[line].about}).
 """
 
 
@@ -164,7 +191,7 @@ def write(docs: Path) -> None:
     if machine := next((part["machine"] for part in found.values()), ""):
         loads = ", ".join(f"{name} {part['load']:.1f}" for name, part in found.items() if "load" in part)
         parts.append(f"Machine: {machine}. Load average before each part, other work on it: {loads or 'unknown'}.\n")
-    for name, section in (("pairs", paths), ("train", training), ("relay", bearing)):
+    for name, section in (("pairs", paths), ("p2p", punching), ("train", training), ("relay", bearing)):
         if name in found:
             parts.append(section(found[name]))
     (docs / "NAT.md").write_text("\n".join(parts))

@@ -37,7 +37,8 @@ class Lab:
 
     As root, or else in a user namespace (``rootless``: in one at any rate). ``mtu``: bytes of the largest packet; small
     ones make lines of a few hundred kbit/s less coarse, 64,000 spares CPU where no rate matters. ``seed``: of loss and
-    jitter. ``nats``: the routers that hosts are behind (``nat.py``), the host's own first. Leaving ends every process
+    jitter. ``nats``: the routers that hosts are behind (``nat.py``), the host's own first.
+    ``network``: the first three numbers of their public addresses. Leaving ends every process
     in the hosts. Raises ``LabError``.
     """
 
@@ -50,12 +51,13 @@ class Lab:
         seed: int = 0,
         rootless: bool = False,
         nats: Mapping[int, Sequence[Nat]] | None = None,
+        network: str = NETWORK,
     ) -> None:
         self.profile = lines if isinstance(lines, Profile) else Profile(name="lines", about="", lines=tuple(lines))
         self.hosts = len(self.profile.first + self.profile.lines) if hosts is None else hosts
         if not 0 < self.hosts <= 250:
             raise ValueError(f"1 to 250 hosts, not {self.hosts}")
-        self.mtu, self.seed = mtu, seed
+        self.mtu, self.seed, self.network = mtu, seed, network
         self.nats = {host: tuple(chain) for host, chain in (nats or {}).items() if chain}
         if not all(0 <= host < self.hosts for host in self.nats):
             raise ValueError(f"routers for hosts 0 to {self.hosts - 1} only, not {sorted(self.nats)}")
@@ -89,7 +91,7 @@ class Lab:
         nats = [(host, [asdict(nat) for nat in chain]) for host, chain in self.nats.items()]
         setup = {"profile": profile_data(self.profile), "hosts": self.hosts, "mtu": self.mtu, "seed": self.seed}
         try:
-            ready = self._ask(**setup, nats=nats, network=NETWORK, rootless=self.rootless)
+            ready = self._ask(**setup, nats=nats, network=self.network, rootless=self.rootless)
             if "error" in ready:
                 raise LabError(ready["error"])
         except BaseException:
@@ -152,7 +154,7 @@ class Lab:
 
     def address(self, host: int) -> str:
         """By which others know it: of a host behind a router, the router's."""
-        return f"{NETWORK}.{range(self.hosts)[host] + 1}"
+        return f"{self.network}.{range(self.hosts)[host] + 1}"
 
     def inside(self, host: int) -> str:
         """What a host takes for its address."""
@@ -163,6 +165,10 @@ class Lab:
         if host not in self.nats:
             raise ValueError(f"host {host} is behind no router")
         self._ask(do="forget", host=host)
+
+    def enter(self, host: int) -> list[str]:
+        """What a command begins with that is to run in a host."""
+        return self._enter[host]
 
     def popen(self, host: int, argv: Sequence[str | os.PathLike[str]], **kwargs: Any) -> subprocess.Popen[Any]:
         """``subprocess.Popen`` in a host, in a session of its own; killed if the thread that called this ends."""

@@ -35,6 +35,19 @@ TINY: dict[str, Any] = {
     "checkpoint": {"save_rounds": 1, "publish_rounds": 10**9},
     "coordinator": {"patience_seconds": 60.0},
 }
+HIDDEN = """
+from potluck.cli import main
+from potluck.protocol.grpc_transport import GrpcTransport
+
+listen = GrpcTransport.listen
+
+async def unnamed(self, on_channel):
+    await listen(self, on_channel)
+    return []
+
+GrpcTransport.listen = unnamed
+main()
+"""
 State = dict[str, Any]
 
 
@@ -95,11 +108,17 @@ class Network:
         raw["coordinator"] = {**TINY["coordinator"], **coordinator}
         (self.folder / "run.yaml").write_text(dump(convert(raw)), encoding="utf-8")
 
-    def start(self, name: str, *arguments: str | Path, gentle: bool = False) -> Process:
+    def start(
+        self,
+        name: str,
+        *arguments: str | Path,
+        gentle: bool = False,
+        program: tuple[str, ...] = ("-m", "potluck"),
+    ) -> Process:
         log = self.folder / f"{name}.log"
         with log.open("ab") as file:
             popen = subprocess.Popen(
-                [*(NICE if gentle else ()), sys.executable, "-m", "potluck", *map(str, arguments)],
+                [*(NICE if gentle else ()), sys.executable, *program, *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -131,10 +150,12 @@ class Network:
         assert found
         return process, found[1]
 
-    def worker(self, name: str, *, gentle: bool = False) -> Process:
-        """Joining; the same name is the same peer. A gentle one leaves the cores to the others."""
+    def worker(self, name: str, *, gentle: bool = False, hidden: bool = False) -> Process:
+        """Joining; the same name is the same peer. A gentle one leaves the cores to the others, a hidden one names no
+        address."""
         options = ["--name", name, "--data-dir", self.folder / name, "--threads", "1"]
-        return self.start(name, "worker", "join", self._ticket, *options, gentle=gentle)
+        program = ("-c", HIDDEN) if hidden else ("-m", "potluck")
+        return self.start(name, "worker", "join", self._ticket, *options, gentle=gentle, program=program)
 
     def state(self) -> State | None:
         return fetch(self.page)

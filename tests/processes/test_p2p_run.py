@@ -38,11 +38,11 @@ def run(network: Any, folder: Path, **coordinator: Any) -> list[str]:
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(not INSTALLED, reason="hivemind is not installed")
 def test_a_run_over_libp2p_alone(network: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "potluck.protocol.p2p_relay", "--key", str(tmp_path / "relay.key")]
-    relay = subprocess.Popen([*command, "--listen", "/ip4/127.0.0.1/tcp/0"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "potluck", "relay", "p2p", "--data-dir", str(tmp_path / "relay")]
+    relay = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", "0"], stdout=subprocess.PIPE, text=True)
     try:
         assert relay.stdout
-        meeting = relay.stdout.readline().strip()
+        meeting = relay.stdout.readline().removeprefix("Relay:").strip()
         said = run(network, tmp_path, relay=False, p2p_relays=[meeting])
         assert all("reach this one through a relay of libp2p" in output for output in said)
     finally:

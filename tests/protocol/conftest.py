@@ -1,4 +1,4 @@
-"""Two transports joined by a line that can be cut: in memory, over gRPC, or over libp2p."""
+"""Two transports joined by a line that can be cut: in memory, over gRPC either way round, or over libp2p."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def frame_of(
 class Proxy:
     """A line between two peers that can be cut."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._target = (host, port)
+    def __init__(self, host: str, port: int, *, backward: bool = False) -> None:
+        """``budget`` counts what who dials says; ``backward``: what it hears."""
+        self._target, self._backward = (host, port), backward
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.budget: int | None = None
@@ -78,7 +79,7 @@ class Proxy:
             return
         far_reader, far_writer = await asyncio.open_connection(*self._target)
         self._writers |= {writer, far_writer}
-        for source, sink, counted in ((reader, far_writer, True), (far_reader, writer, False)):
+        for source, sink, counted in ((reader, far_writer, not self._backward), (far_reader, writer, self._backward)):
             task = asyncio.create_task(self._pump(source, sink, counted))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -130,13 +131,20 @@ class Rig:
         self.errors: list[WireError] = []
         self.network = MemoryNetwork()
         self.proxy: Proxy | None = None
+        self._beside: Proxy | None = None  # to the relay, where the line is another one
         self.relay: Relay | None = None
         self.closing: list[Transport | Daemon] = []
+        self.told: dict[str, list[str]] = {}  # where peers are, as every plan says
 
     def config(self, admit: Callable[[str], bool] | None = None, **fields: Any) -> TransportConfig:
         channel = {"give_up": 10 * SECOND, "close_timeout": 10 * SECOND, "first_backoff": SECOND / 50}
         channel |= {"meter": Meter(), "on_error": lambda _, error: self.errors.append(error)} | fields
-        return TransportConfig(run="r", admit=admit or (lambda _: True), channel=ChannelConfig(**channel))
+        return TransportConfig(
+            run="r",
+            admit=admit or (lambda _: True),
+            addresses=lambda peer: self.told.get(peer, ()),
+            channel=ChannelConfig(**channel),
+        )
 
     def transport(self, name: str, config: TransportConfig) -> Any:
         if self.kind == "memory":
@@ -169,6 +177,20 @@ class Rig:
             self.a.use_relays([spot], SECRET)
             self.b.use_relays([spot], SECRET)
             await until(lambda: self.relay is not None and self.relay.attached == 2)
+        if self.kind == "returned":
+            await self.start_returned()
+
+    async def start_returned(self) -> None:
+        """Nobody can dial ``b``: ``a`` asks it at the relay to dial, over the line that can be cut."""
+        spot = await self.start_relay()
+        assert self.proxy
+        self._beside = self.proxy
+        own = split_address((await self.a.listen(lambda channel: None))[0])
+        self.proxy = Proxy(*own, backward=True)
+        self.addresses, self.told = [], {self.a.peer_id: [await self.proxy.start()]}
+        self.a.use_relays([spot], SECRET, dialable=True)
+        self.b.use_relays([spot], SECRET)
+        await until(lambda: self.relay is not None and self.relay.attached == 2)
 
     async def start_relay(self, **limits: Any) -> Spot:
         certificate = Certificate.generate()
@@ -194,19 +216,21 @@ class Rig:
 
     def refuse(self) -> None:
         self.network.refuse("a", "b")
-        if self.proxy:
-            self.proxy.refusing = True
-            self.proxy.cut()
+        for proxy in (self.proxy, self._beside):
+            if proxy:
+                proxy.refusing = True
+                proxy.cut()
 
     async def close(self) -> None:
         await asyncio.gather(*(transport.close() for transport in self.closing))
         if self.relay:
             await self._server.stop(None)
-        if self.proxy:
-            await self.proxy.close()
+        for proxy in (self.proxy, self._beside):
+            if proxy:
+                await proxy.close()
 
 
-@pytest.fixture(params=["memory", "grpc", "striped", "relayed", pytest.param("p2p", marks=needs_hivemind)])
+@pytest.fixture(params=["memory", "grpc", "striped", "relayed", "returned", pytest.param("p2p", marks=needs_hivemind)])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     made = Rig(request.param)
     yield made

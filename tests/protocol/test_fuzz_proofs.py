@@ -126,9 +126,9 @@ def test_rings_and_spots() -> None:
     spots = [str(Spot("[2001:db8::1]:7000", "ab" * 32)).encode(), str(Spot("host.example:7000", "0" * 64)).encode()]
     with traced():
         for _ in range(1000):
-            call = mutate([ring(b"c" * 16)])
+            call = mutate([ring(b"c" * 16), ring(b"c" * 16, Identity.generate().peer_id)])
             found = outcome(lambda call=call: rung(call), (WireError,), SLACK, seen)
-            assert found is None or len(found) == 16
+            assert found is None or (len(found.call) == 16 and isinstance(found.caller, str))
             text = mutate(spots).decode(errors="replace")
             spot = outcome(lambda text=text: Spot.parse(text), (ConfigError,), SLACK, seen)
             assert spot is None or str(spot) == text

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,16 @@ async def test_a_daemon_that_does_not_start_is_told_of_in_one_line(
     assert "\n" not in caught.value.one_line()
     assert not is_there(int((tmp_path / "pid").read_text()))
     assert folders() <= before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+async def test_the_router_is_asked_for_a_port_only_if_that_is_wanted(daemons: Any) -> None:
+    """There is no router here: what the daemon is told to do. Without the word it would probe, its own default is 1."""
+    asks = replace(TCP, map_port=True)
+    for config, words in ((TCP, {b"-natPortMap=0"}), (asks, {b"-natPortMap=1"})):
+        daemon = await daemons(config)
+        said = of_process(daemon.pid, "cmdline").split(b"\0")
+        assert {word for word in said if word.startswith(b"-natPortMap")} == words
 
 
 async def test_who_does_not_answer_is_given_up(daemons: Any) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from benchmarks.nat import pairs, report, train
+from benchmarks.nat import pairs, punch, report, train
 from benchmarks.netlab.lab import LabError
 from benchmarks.netlab.nat import NATS
+from potluck.protocol.p2pd import is_installed
 
 LINE = "100m"
 
 
 @pytest.mark.timeout(180)
-def test_who_has_a_router_is_reached_through_the_relay_and_who_has_none_directly(tmp_path: Path) -> None:
+def test_two_with_routers_meet_at_the_relay_and_one_without_is_dialled(tmp_path: Path) -> None:
     kinds = ("none", "symmetric")
     try:
         found = list(pairs.measure(LINE, seconds=0.5, hold=0.0, folder=tmp_path, kinds=kinds))
@@ -23,7 +25,21 @@ def test_who_has_a_router_is_reached_through_the_relay_and_who_has_none_directly
     assert [(p.dialler, p.listener) for p in found] == [(a, b) for a in kinds for b in kinds]
     for pair in found:
         assert not pair.failed and pair.rate and pair.first_seconds, pair
-        assert pair.path == pair.later == ("direct" if pair.listener == "none" else "relayed"), pair
+        direct = "none" in (pair.dialler, pair.listener)
+        assert pair.path == pair.later == ("direct" if direct else "relayed"), pair
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(not is_installed() or os.geteuid() != 0, reason="needs hivemind, and root")
+def test_a_hole_is_punched_unless_a_router_takes_another_port_for_everybody(tmp_path: Path) -> None:
+    """Both kinds of the home's router, and a channel that is relayed at first and moves."""
+    wanted = {("port-restricted", "port-restricted"): "punched", ("symmetric", "symmetric"): "relayed"}
+    try:
+        found = punch.measure(LINE, seconds=0.5, hold=30.0, folder=tmp_path, pairs=tuple(wanted))
+    except LabError as error:
+        pytest.skip(f"no lab here: {error}")
+    assert {(pair.dialler, pair.listener): pair.later for pair in found} == wanted, found
 
 
 def trained(folder: Path, routers: str, cuts: int) -> train.Training:
