@@ -34,13 +34,22 @@ class Facts:
     of each stage's fp32 weights as the last committed round has them, in hex."""
 
     run: str = ""
-    objective: str = "causal: every token is predicted from those before it"
+    base: str = ""  # the checkpoint that it began from, with its license
     step: int = 0
     tokens: int = 0
     heldout_loss: float | None = None
     contributors: Sequence[Contributor] = ()
     traffic: Mapping[str, int] | None = None
     digests: Sequence[str] = ()
+
+
+OBJECTIVES = {
+    "causal": "causal: every token is predicted from those before it",
+    "prefix": "prefix: a text is split at random, and its end is predicted from its beginning, which is seen whole",
+    "answers": "answers: answers to instructions are predicted from what stands before them, which is seen whole",
+    "ul2r": "UL2R: a mixture of denoisers (R, S, X) with mode tokens",
+    "ul2": "UL2: a mixture of seven denoisers (R, S, X) with mode tokens",
+}
 
 
 def gathered(store: Store, seq_len: int, run: str) -> Facts:
@@ -70,7 +79,7 @@ def gathered(store: Store, seq_len: int, run: str) -> Facts:
     )
 
 
-def model_card(config: RunConfig, manifest: Manifest, facts: Facts, *, prefix_lm: bool = False) -> str:
+def model_card(config: RunConfig, manifest: Manifest, facts: Facts) -> str:
     """Markdown with YAML front matter, as model hubs read it."""
     model = config.model.resolved()
     license = manifest.license.strip() or UNKNOWN
@@ -96,14 +105,16 @@ def model_card(config: RunConfig, manifest: Manifest, facts: Facts, *, prefix_lm
         "",
         f"- Text: {code(manifest.source)}, license: {code(license)}."
         + (" Whether the model may be used depends on that of the text: find out." if license == UNKNOWN else ""),
-        f"- Objective: {plain(facts.objective)}.",
+        f"- Objective: {'; '.join(dict.fromkeys(OBJECTIVES[s.objective.kind] for s in manifest.stages))}.",
         f"- Steps: {facts.step:,}, tokens: {facts.tokens:,}.",
     ]
     if facts.heldout_loss is not None:
         lines.append(f"- Held-out loss: {facts.heldout_loss:.4f} nats per token.")
+    if facts.base:
+        lines.append(f"- Begun from {plain(facts.base)}.")
     if facts.run:
         lines.append(f"- Run: {code(facts.run)}, seed {config.seed}.")
-    if prefix_lm:
+    if manifest.masked:
         lines += [
             "",
             "A prompt is seen whole (`is_causal: false` in `config.json`). To score a text, give the model an explicit"

@@ -28,6 +28,7 @@ from .addresses import confirmed, seen_from
 from .hub import Hub, Line
 from .publish import Publisher, unwritten
 from .state import Member, Unpublished
+from .weights import Span
 
 log = logging.getLogger(__name__)
 PIECE_NBYTES = 256 * 1024
@@ -39,7 +40,7 @@ ADDRESS = re.compile(r"^(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9.-]{1,253}):[0-9]{1,5
 
 
 class Doors:
-    """Who may come in, and what they get. ``blobs`` maps a file's SHA-256 to its path."""
+    """Who may come in, and what they get. ``blobs``: where the bytes of each SHA-256 lie."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Doors:
         secret: str,
         fingerprint: str,
         welcome: pb.Welcome,
-        blobs: dict[str, Path],
+        blobs: dict[str, Span],
         publisher: Publisher,
         lan: bool = True,
     ) -> None:
@@ -196,14 +197,16 @@ class Doors:
 
     async def blob(self, request: pb.BlobRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.Piece]:
         """A file of the run by its hash, from ``offset``."""
-        path = self.blobs.get(request.name)
-        if request.token not in self._tokens or path is None:
+        span = self.blobs.get(request.name)
+        if request.token not in self._tokens or span is None:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no such file for you")
             return
         loop = asyncio.get_running_loop()
-        with path.open("rb") as file:
-            file.seek(request.offset)
-            while data := await loop.run_in_executor(None, file.read, PIECE_NBYTES):
+        with span.path.open("rb") as file:
+            file.seek(span.start + request.offset)
+            left = span.nbytes - request.offset
+            while left > 0 and (data := await loop.run_in_executor(None, file.read, min(PIECE_NBYTES, left))):
+                left -= len(data)
                 await failpoint_async("coordinator.blob.piece")
                 yield pb.Piece(data=data)
 

@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..protocol import architecture
 from ..protocol.config import RunConfig
 from ..protocol.errors import StateError, WireError
@@ -55,13 +57,12 @@ class Publisher:
         manifest: Manifest,
         done: Callable[[int, Path], Awaitable[None]],
         *,
-        prefix_lm: bool = False,
         card: Callable[[], Awaitable[Facts]] | None = None,
     ) -> None:
         """``prefix_lm``: the run trains with prefixes that are seen whole (see ``architecture.hf_config``). ``card``:
         what the model card says of the run, asked for at each publishing."""
         self.folder, self.corpus, self.config, self.manifest = folder, corpus, config, manifest
-        self.prefix_lm, self._done, self._facts = prefix_lm, done, card
+        self._done, self._facts = done, card
         self.layers: tuple[tuple[int, int], ...] = ()  # of the stages that are being collected
         self._arrived: set[int] = set()
         self._current = (-1, -1)  # step and generation of the uploads being collected
@@ -159,11 +160,13 @@ class Publisher:
             total += nbytes
         write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
         model, manifest = self.config.model, self.manifest
-        described = architecture.hf_config(model, manifest.vocab_size, manifest.eos_id, prefix_lm=self.prefix_lm)
+        described = architecture.hf_config(model, manifest.vocab_size, manifest.eos_id, prefix_lm=manifest.masked)
+        if manifest.special.modes:
+            described["potluck_special"] = msgspec.to_builtins(manifest.special)
         write_json(work / "config.json", described)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         write_json(work / "generation_config.json", dict.fromkeys(ids, manifest.eos_id))
-        card = model_card(self.config, manifest, facts, prefix_lm=self.prefix_lm)
+        card = model_card(self.config, manifest, facts)
         (work / "README.md").write_text(card, encoding="utf-8")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(self.corpus / name, work / name)

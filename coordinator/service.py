@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..protocol.plan import Shape
 from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
 from ..protocol.tls import Certificate, join_address, split_address, start_server
+from ..protocol.weights import Weights
 from . import corpus, web
 from .addresses import is_local
 from .assignment import StageNeed
@@ -40,6 +41,7 @@ from .relay import Relay
 from .resume import resumed
 from .state import Division, Journal, Mark, Rules, RunState, Unpublished, Uploaded
 from .store import Store
+from .weights import Span, open_checkpoint, shaped
 
 log = logging.getLogger(__name__)
 BYTES_PER_PARAMETER = 32  # fp32 weights, reference, gradient, two moments, and copies for a round and to go back to
@@ -124,14 +126,17 @@ def alone(data_dir: Path) -> Iterator[None]:
 async def _running(
     config: RunConfig, data_dir: Path, progress: Callable[[str, float], None] | None
 ) -> AsyncIterator[Running]:
+    config = msgspec.structs.replace(config, model=await asyncio.to_thread(shaped, config.model))
     folder, path = corpus_folder(data_dir), data_dir / "run.sqlite"
     if path.exists():  # before the corpus: preparing another one would replace this run's
         with contextlib.closing(Store(path)) as store:
             check_fixed(store, config)
     folder, manifest = await asyncio.to_thread(corpus.of_run, config, folder, progress)
+    checkpoint = await asyncio.to_thread(open_checkpoint, config.model, manifest.vocab_size, data_dir, progress)
+    weights = checkpoint.weights if checkpoint else None
     rules = rules_of(config, manifest)
     store = Store(path)
-    run_id, secret, state = open_run(store, config, manifest)
+    run_id, secret, state = open_run(store, config, manifest, weights)
     certificate = Certificate.load_or_create(data_dir)
     board = Board(config, rules, run_id, manifest.vocab_size, store)
     hub = Hub(rules, state, store, board)
@@ -142,7 +147,7 @@ async def _running(
 
     async def facts() -> Facts:
         found: Facts = await hub.read(gathered, store, config.model.seq_len, run_id)
-        return found
+        return replace(found, base=f"{weights.source} (license: {weights.license})") if weights else found
 
     publisher = Publisher(data_dir / "checkpoints", folder, config, manifest, published, card=facts)
     doors = Doors(
@@ -151,9 +156,14 @@ async def _running(
         secret=secret,
         fingerprint=certificate.fingerprint,
         welcome=pb.Welcome(
-            config=msgspec.json.encode(config).decode(), manifest=msgspec.json.encode(manifest).decode()
+            config=msgspec.json.encode(config).decode(),
+            manifest=msgspec.json.encode(manifest).decode(),
+            weights=weights.encode() if weights else "",
         ),
-        blobs={name: folder / SHARDS_FOLDER / name for name in manifest.shards},
+        blobs={
+            **(checkpoint.spans if checkpoint else {}),
+            **{name: Span(folder / SHARDS_FOLDER / name, 0, n) for name, n in manifest.shards.items()},
+        },
         publisher=publisher,
     )
     place = config.coordinator
@@ -233,18 +243,25 @@ def check_fixed(store: Store, config: RunConfig) -> None:
             )
 
 
-def open_run(store: Store, config: RunConfig, manifest: Manifest) -> tuple[str, str, RunState]:
+def open_run(
+    store: Store, config: RunConfig, manifest: Manifest, weights: Weights | None = None
+) -> tuple[str, str, RunState]:
     """The run in this data directory: a new one, or the one that was there, from where it stood."""
     check_fixed(store, config)
-    mine = msgspec.to_builtins(config)
+    mine, begins = msgspec.to_builtins(config), weights.sha256 if weights else ""
     if store.meta("config") is None:
         run_id, secret = secrets.token_hex(8), secrets.token_urlsafe(24)
-        store.set_meta(config=mine, corpus=manifest.sha256, run_id=run_id, secret=secret)
+        store.set_meta(config=mine, corpus=manifest.sha256, weights=begins, run_id=run_id, secret=secret)
         return run_id, secret, RunState(since=time.time())
     if store.meta("corpus") != manifest.sha256:
         raise StateError(
             "the corpus is not the one this run was started with",
             hint="Restore its text, or start a new run with another --data-dir.",
+        )
+    if store.meta("weights") != begins:
+        raise StateError(
+            "the checkpoint is not the one this run began from",
+            hint="Restore it, or start a new run with another --data-dir.",
         )
     if for_workers(store.meta("config")) != for_workers(mine):  # every worker begins anew
         store.set_meta(crew=None, course=None)

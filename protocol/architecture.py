@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import msgspec
+
+from .errors import ConfigError
 from .model_config import ModelConfig
 
 INIT_STD = 0.02  # initializer_range of both
@@ -77,6 +80,58 @@ def weights(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def work(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Multiply-adds of a token: every number of a matrix once (of an embedding this is not true: it is looked up)."""
     return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+
+
+def of_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The shape that a checkpoint's ``config.json`` says. ``ConfigError`` if it is none that we train."""
+    kind = config.get("model_type")
+    unknown = [key for key, wanted in _PLAIN.get(str(kind), {}).items() if config.get(key, wanted[0]) not in wanted]
+    if kind not in TITLES or unknown:
+        what = f"{unknown[0]} {config[unknown[0]]}" if unknown else f"architecture {kind}"
+        raise ConfigError(f"the checkpoint has {what}", hint=f"Name one of {' or '.join(TITLES.values())}.")
+    try:
+        if kind == "gptj":
+            shape: dict[str, Any] = {
+                "d_model": config["n_embd"],
+                "layers": config["n_layer"],
+                "heads": config["n_head"],
+                "rotary_dim": config["rotary_dim"],
+                "d_ff": config.get("n_inner") or 4 * config["n_embd"],
+                "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+                "seq_len": config["n_positions"],
+            }
+        else:
+            rope = config.get("rope_parameters") or config
+            if rope.get("rope_type", "default") != "default":
+                raise ConfigError(f"the checkpoint has rope_type {rope['rope_type']}", hint="It is not supported.")
+            shape = {
+                "d_model": config["hidden_size"],
+                "layers": config["num_hidden_layers"],
+                "heads": config["num_attention_heads"],
+                "kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+                "d_ff": config["intermediate_size"],
+                "rope_theta": rope.get("rope_theta", 10_000.0),
+                "norm_eps": config.get("rms_norm_eps", 1e-6),
+                "seq_len": config["max_position_embeddings"],
+            }
+        if config.get("head_dim") not in (None, shape["d_model"] // shape["heads"]):
+            raise ConfigError("the checkpoint's heads have a width of their own", hint="Such a model is not supported.")
+        return msgspec.convert({"architecture": kind, **shape}, ModelConfig)
+    except (KeyError, TypeError, ZeroDivisionError, msgspec.ValidationError) as error:
+        raise ConfigError(f"the checkpoint's config.json is not usable: {error}", hint="Download it again.") from None
+
+
+# What a config.json may say besides its shape: anything else would be another model.
+_PLAIN: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gptj": {"activation_function": ("gelu_new",), "tie_word_embeddings": (False,)},
+    "llama": {
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "rope_scaling": (None,),
+        "pretraining_tp": (1,),
+    },
+}
 
 
 def hf_config(model: ModelConfig, vocab_size: int, eos_id: int, *, prefix_lm: bool = False) -> dict[str, Any]:

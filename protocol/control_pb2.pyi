@@ -87,7 +87,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., run: _Optional[str] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., secret_proof: _Optional[bytes] = ..., name: _Optional[str] = ..., device: _Optional[str] = ..., memory_gb: _Optional[float] = ..., speed: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., savepoints: _Optional[_Iterable[_Union[SavePoint, _Mapping]]] = ..., session: _Optional[bytes] = ..., p2p: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("peer_id", "config", "manifest", "token", "acked", "relays", "addresses", "p2p_relays")
+    __slots__ = ("peer_id", "config", "manifest", "token", "acked", "relays", "addresses", "p2p_relays", "weights")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class Welcome(_message.Message):
     RELAYS_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     P2P_RELAYS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     config: str
     manifest: str
@@ -104,7 +105,8 @@ class Welcome(_message.Message):
     relays: _containers.RepeatedScalarFieldContainer[str]
     addresses: _containers.RepeatedScalarFieldContainer[str]
     p2p_relays: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, peer_id: _Optional[str] = ..., config: _Optional[str] = ..., manifest: _Optional[str] = ..., token: _Optional[bytes] = ..., acked: _Optional[int] = ..., relays: _Optional[_Iterable[str]] = ..., addresses: _Optional[_Iterable[str]] = ..., p2p_relays: _Optional[_Iterable[str]] = ...) -> None: ...
+    weights: str
+    def __init__(self, peer_id: _Optional[str] = ..., config: _Optional[str] = ..., manifest: _Optional[str] = ..., token: _Optional[bytes] = ..., acked: _Optional[int] = ..., relays: _Optional[_Iterable[str]] = ..., addresses: _Optional[_Iterable[str]] = ..., p2p_relays: _Optional[_Iterable[str]] = ..., weights: _Optional[str] = ...) -> None: ...
 
 class Refuse(_message.Message):
     __slots__ = ("code", "text", "hint")

@@ -20,6 +20,9 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     # gptj: attention and MLP side by side, LayerNorm, biases in the MLP and the head. llama: one after the other,
     # RMSNorm, SwiGLU, no biases (SmolLM2, TinyLlama, Llama 2).
     architecture: Architecture = "gptj"
+    # A checkpoint that the run begins from: a folder in the hub's layout with safetensors, or a hub's id. Its shape is
+    # the run's, so the rest but seq_len may be left out. Empty: weights are drawn from the seed.
+    init: Annotated[str, Meta(max_length=1024)] = ""
     d_model: Annotated[int, Meta(ge=8, le=65536)] = 256
     layers: Annotated[int, Meta(ge=1, le=1024)] = 4
     heads: Annotated[int, Meta(ge=1, le=1024)] = 4

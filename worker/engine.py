@@ -187,7 +187,8 @@ class Engine:
         return self.views.closed or view.plan is None or view.plan.generation != plan.generation
 
     def _build(self, layers: tuple[int, int]) -> Stage:
-        return Stage(self.config.run, self.config.manifest.vocab_size, *layers, device=self.config.device)
+        config = self.config
+        return Stage(config.run, config.manifest.vocab_size, *layers, device=config.device, beginning=config.beginning)
 
     def _reroute(self, plan: Plan, view: View) -> None:
         """Somebody is lost and the generation goes on: a round on its way is void, its samples go into the next."""

@@ -28,6 +28,7 @@ from .redo import Entry, Kept, Payload, pieces_of
 from .reference import Rule
 from .stage import Stage, State, digest
 from .transfer import Wanted
+from .weights import Beginning
 
 log = logging.getLogger(__name__)
 LATE_SECONDS = 60.0  # after its commit, a round that is not here in full is given up: the state is fetched instead
@@ -102,8 +103,11 @@ class _Stage:
 class Keeper:
     """What one worker keeps of others' stages. Thread-safe."""
 
-    def __init__(self, run: RunConfig, shape: Shape, folder: Path, report: Report) -> None:
+    def __init__(
+        self, run: RunConfig, shape: Shape, folder: Path, report: Report, beginning: Beginning | None = None
+    ) -> None:
         """``folder`` may have something of an earlier process."""
+        self.beginning = beginning
         self.run, self.shape, self.folder, self.report = run, shape, folder, report
         self.fetch: Fetch | None = None
         self._sync = run.sync.resolved()
@@ -257,7 +261,7 @@ class Keeper:
         """A base: the run's beginning where all rounds since are on their way to us, else the newest round."""
         first, newest = marks[0], marks[-1]
         if first.step == 0 and all(self._entry(stage, first, mark) is not None for mark in marks[1:]):
-            g = Stage(self.run, self.shape.vocab_size, *stage.place.layers).g
+            g = Stage(self.run, self.shape.vocab_size, *stage.place.layers, beginning=self.beginning).g
             point = SavePoint(
                 kind="round",
                 generation=first.generation,

@@ -17,6 +17,7 @@ from ..protocol.schedule import draw
 from .blocks import View, block, final_norm, view_of
 from .layout import Layout
 from .packing import IGNORED
+from .weights import Beginning
 
 CONFIGS = {"gptj": (GPTJConfig, "eager"), "llama": (LlamaConfig, "sdpa")}  # and the attention it is the same as on CPUs
 
@@ -33,10 +34,12 @@ class StageModule(nn.Module):
 
     Parameter names, shapes and order are those of :func:`~potluck.protocol.architecture.tensors`, so the stages' state
     dicts together are a checkpoint. Every parameter is drawn from a seed of its own (run seed and name): any peer can
-    make any layer.
+    make any layer. With a ``beginning`` it is read from the run's checkpoint.
     """
 
-    def __init__(self, model: ModelConfig, vocab_size: int, first: int, last: int, seed: int) -> None:
+    def __init__(
+        self, model: ModelConfig, vocab_size: int, first: int, last: int, seed: int, beginning: Beginning | None = None
+    ) -> None:
         super().__init__()
         config, names = hf_config(model, vocab_size), NAMES[model.architecture]
         self.model_config, self._names = model.resolved(), names
@@ -51,12 +54,14 @@ class StageModule(nn.Module):
         self.add_module(names.root, body)
         if self.is_last:
             self.lm_head = nn.Linear(model.d_model, vocab_size, bias=model.architecture == "gptj")
-        self._initialize(seed)
+        self._initialize(seed, beginning)
 
     @torch.no_grad()
-    def _initialize(self, seed: int) -> None:
+    def _initialize(self, seed: int, beginning: Beginning | None) -> None:
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if beginning is not None:
+                beginning.fill(name, parameter)
+            elif name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 1:  # of a norm
                 parameter.fill_(1.0)

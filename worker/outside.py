@@ -11,6 +11,7 @@ from typing import Protocol
 from ..protocol.config import RunConfig
 from ..protocol.manifest import Manifest
 from .plan import View
+from .weights import Beginning
 
 
 class MissingError(Exception):
@@ -49,6 +50,7 @@ class EngineConfig:
     run_name: bytes  # 8 bytes, in every frame
     peer: str
     device: str = "cpu"
+    beginning: Beginning | None = None  # the checkpoint that the run begins from
 
 
 class Views:

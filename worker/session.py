@@ -32,6 +32,7 @@ from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
 from ..protocol.tls import Certificate
 from ..protocol.transport import TransportConfig
+from ..protocol.weights import StoredTensor, Weights
 from . import inventory
 from .boundary import boundary_check
 from .checkpoint import SavePoints
@@ -47,6 +48,7 @@ from .plan import View
 from .shards import MOST_WEIGHTS, most_nbytes
 from .states import States
 from .warm import warm
+from .weights import Beginning
 
 log = logging.getLogger(__name__)
 GIVE_UP = timedelta(seconds=10)  # a path to a peer that stays broken for so long is a fault
@@ -173,17 +175,21 @@ class Session:
         states = inventory.most_nbytes(most)
         self._checks.append(frame_check(self.run_name, boundary, weights, min(most, MOST_WEIGHTS), states))
         self.say(f"joined run {run.name} as {self.config.name} ({self.identity.peer_id[:8]})")
+        coordinator = Coordinator(self.control, self.files, self.folder / "corpus", manifest)
+        beginning = None
+        if welcome.weights:
+            beginning = Beginning(Weights.decode(welcome.weights), self.folder / "weights", coordinator.fetch_weights)
         config = EngineConfig(
             run=run,
             manifest=manifest,
             run_name=self.run_name,
             peer=self.identity.peer_id,
             device=self.config.device,
+            beginning=beginning,
         )
         self.states.prepare(run, shape, self.control.report)
         if run.checkpoint.keepers:
-            self.states.keep(Keeper(run, shape, self.folder, self.control.report))
-        coordinator = Coordinator(self.control, self.files, self.folder / "corpus", manifest)
+            self.states.keep(Keeper(run, shape, self.folder, self.control.report, beginning))
         return Engine(config, self.views, self.links, self.mailbox, self.states, coordinator)
 
     # What the network calls.
@@ -266,6 +272,11 @@ class Coordinator:
 
     def fetch(self, name: str, nbytes: int) -> None:
         fetched = self._files.fetch(name, self._folder / SHARDS_FOLDER / name, nbytes)
+        asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
+
+    def fetch_weights(self, tensor: StoredTensor, path: Path) -> None:
+        """Brings a tensor of the run's checkpoint. Blocks; may be called from any thread."""
+        fetched = self._files.fetch(tensor.sha256, path, tensor.nbytes)
         asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
 
     def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:

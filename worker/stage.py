@@ -16,6 +16,7 @@ from torch import Tensor
 from ..protocol.config import OptimizerConfig, RunConfig
 from ..protocol.plan import SavePoint
 from .model import StageModule
+from .weights import Beginning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +76,18 @@ class Stage:
     moments are views into ``m`` and ``v``. With one replica and a round every step this is plain AdamW.
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int, first: int, last: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        vocab_size: int,
+        first: int,
+        last: int,
+        device: str = "cpu",
+        beginning: Beginning | None = None,
+    ) -> None:
         self.config, self.first, self.last, self.device = config, first, last, torch.device(device)
         self.vocab_size = vocab_size
-        self.module = StageModule(config.model, vocab_size, first, last, config.seed).to(self.device)
+        self.module = StageModule(config.model, vocab_size, first, last, config.seed, beginning).to(self.device)
         parameters = list(self.module.parameters())
         n = sum(p.numel() for p in parameters)
         self.x, self.grad, self.m, self.v = (torch.zeros(n, device=self.device) for _ in range(4))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import pytest
 import yaml
 from manifests import MANIFEST
+from msgspec.structs import replace
 
 from potluck.coordinator.card import Contributor, Facts, gathered, model_card
 from potluck.coordinator.events import PeerJoined
 from potluck.coordinator.state import Commit, Journal, Lease, Mark, Point
 from potluck.coordinator.store import Store
 from potluck.protocol.config import ModelConfig, RunConfig
+from potluck.protocol.manifest import Manifest
+from potluck.protocol.objective import Objective
 
 CONFIG = RunConfig(name="ours")
 
@@ -23,16 +25,20 @@ def front(card: str) -> dict[str, object]:
     return yaml.safe_load(text)
 
 
+def licensed(text: str) -> Manifest:
+    return replace(MANIFEST, sources=tuple(replace(source, license=text) for source in MANIFEST.sources))
+
+
 @pytest.mark.parametrize("license", ["", "  ", "unknown"])
 def test_a_text_without_a_license_is_said_plainly(license: str) -> None:
-    card = model_card(CONFIG, msgspec.structs.replace(MANIFEST, license=license), Facts())
+    card = model_card(CONFIG, licensed(license), Facts())
     assert front(card)["license"] == "unknown" and "license: unknown\n" in card
     assert "Whether the model may be used depends on that of the text" in card
 
 
 def test_a_license_is_passed_on_as_it_is() -> None:
     odd = "other: {see}\n--- <b>"
-    card = model_card(CONFIG, msgspec.structs.replace(MANIFEST, license=odd), Facts())
+    card = model_card(CONFIG, licensed(odd), Facts())
     assert front(card)["license"] == odd.strip() and "depends on that of the text" not in card
 
 
@@ -40,7 +46,7 @@ def test_what_is_in_it() -> None:
     model = ModelConfig(architecture="llama", d_model=64, heads=4, kv_heads=2)
     facts = Facts(
         run="ab12",
-        objective="UL2R",
+        base="a/model (license: mit)",
         step=3,
         tokens=1000,
         heldout_loss=3.25,
@@ -48,12 +54,15 @@ def test_what_is_in_it() -> None:
         traffic={"weights": 3000, "activation": 1500},
         digests=["00ff"],
     )
-    card = model_card(RunConfig(name="ours", model=model), MANIFEST, facts, prefix_lm=True)
+    (stage,) = MANIFEST.stages
+    stages = (replace(stage, objective=Objective(kind="prefix")),)
+    card = model_card(RunConfig(name="ours", model=model), replace(MANIFEST, stages=stages), facts)
     assert front(card)["tags"] == ["potluck", "llama"]
     for line in (
         "A Llama model of ",
         "Text: `test`, license: `unknown`",
-        "Objective: UL2R.",
+        "Objective: prefix: a text is split at random",
+        "Begun from a/model (license: mit).",
         "3.2500 nats",
         "| Ann | `1234567890ab` | 7 | 2.5 |",
         "| activation | 1,500 | 1.5 |",

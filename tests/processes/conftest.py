@@ -100,9 +100,9 @@ class Network:
         self._text = write_text(folder / "corpus.txt")
         self._ticket = ""
 
-    def configure(self, steps: int, architecture: str = "gptj", **coordinator: Any) -> None:
+    def configure(self, steps: int, architecture: str = "gptj", init: str = "", **coordinator: Any) -> None:
         raw = {**TINY, "steps": steps, "data": {**TINY["data"], "source": str(self._text)}}
-        raw["model"] = {**TINY["model"], "architecture": architecture}
+        raw["model"] = {**TINY["model"], "architecture": architecture, "init": init}
         if architecture != "gptj":
             del raw["model"]["rotary_dim"]
         raw["coordinator"] = {**TINY["coordinator"], **coordinator}

@@ -52,6 +52,26 @@ def test_a_run_finishes(network: Any, architecture: str) -> None:
     assert all(f"| {name} |" in card for name in ("anna", "ben"))
 
 
+@pytest.mark.timeout(60)
+def test_a_run_begins_from_a_checkpoint(network: Any, tmp_path: Path) -> None:
+    """Two stages, and a keeper: what is published before the first step is the checkpoint, bit for bit."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
+
+    shape = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 16}
+    before = GPTJForCausalLM(GPTJConfig(**shape)).half()
+    before.save_pretrained(tmp_path / "hub")
+    network.configure(12, init=str(tmp_path / "hub"))
+    coordinator = network.coordinator()
+    crew = [network.worker(name) for name in ("anna", "ben")]
+    assert [p.wait(40.0) for p in (coordinator, *crew)] == [0, 0, 0], network.story([])
+    first, last = (AutoModelForCausalLM.from_pretrained(network.published()[i]).state_dict() for i in (0, -1))
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(first[name], tensor.float()), name
+    assert not torch.equal(last["lm_head.weight"], first["lm_head.weight"])
+    assert "Begun from hub (license: unknown)" in (network.published()[-1] / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.timeout(90)
 def test_workers_come_and_go_and_a_stopped_run_goes_on(network: Any) -> None:
     network.configure(steps=ENDLESS)

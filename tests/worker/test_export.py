@@ -6,6 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from potluck.coordinator.publish import Publisher
 from potluck.protocol.config import ModelConfig, PipelineConfig, RunConfig
 from potluck.protocol.manifest import Manifest
+from potluck.protocol.objective import Objective
 from potluck.worker.layout import Layout
 from potluck.worker.model import StageModule
 
@@ -29,6 +31,10 @@ def published(
 ) -> tuple[PreTrainedModel, StageModule]:
     """The model as stock transformers loads it from what a run of two stages publishes, and as one stage of ours."""
     folder, manifest = corpus
+    if prefix_lm:
+        (stage,) = manifest.stages
+        stages = (msgspec.structs.replace(stage, objective=Objective(kind="prefix")),)
+        manifest = msgspec.structs.replace(manifest, stages=stages)
     config = RunConfig(model=model, pipeline=PipelineConfig(stages=2), seed=5)
     done: list[Path] = []
 
@@ -36,7 +42,7 @@ def published(
         done.append(path)
 
     async def publish() -> None:
-        publisher = Publisher(out, folder, config, manifest, arrived, prefix_lm=prefix_lm)
+        publisher = Publisher(out, folder, config, manifest, arrived)
         publisher.begin(1, 1, ((0, 2), (2, 3)))
         for number, layers in enumerate(publisher.layers):
             stage = StageModule(model, manifest.vocab_size, *layers, config.seed)

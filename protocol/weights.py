@@ -1,0 +1,63 @@
+"""What a run begins from, when it begins from a checkpoint: its tensors by name, each with its SHA-256.
+
+The coordinator writes it, workers check what they get against it. Bytes are those of the checkpoint's safetensors
+files: little-endian, row by row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Annotated, Literal
+
+import msgspec
+
+from .errors import StateError
+from .manifest import is_sha256
+
+StoredDtype = Literal["F32", "F16", "BF16"]
+ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
+_Text = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class StoredTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True):
+    """``file`` and ``start``: where its bytes lie in the checkpoint, below the folder or the hub's repository."""
+
+    name: Annotated[str, msgspec.Meta(max_length=256)]
+    dtype: StoredDtype
+    shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)], ...], msgspec.Meta(max_length=4)]
+    sha256: str
+    file: Annotated[str, msgspec.Meta(max_length=256)]
+    start: Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+
+    def __post_init__(self) -> None:
+        if not is_sha256(self.sha256):
+            raise ValueError("sha256 is not a lower-case SHA-256")
+
+    @property
+    def nbytes(self) -> int:
+        return ITEMSIZE[self.dtype] * math.prod(self.shape)
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``source``: the hub's id or the folder's name, for people."""
+
+    source: _Text
+    license: _Text
+    tensors: Annotated[tuple[StoredTensor, ...], msgspec.Meta(max_length=100_000)]
+
+    @property
+    def sha256(self) -> str:
+        """Of all tensors' names and hashes: the same numbers, wherever they lie."""
+        return hashlib.sha256(msgspec.json.encode([(t.name, t.dtype, t.sha256) for t in self.tensors])).hexdigest()
+
+    def encode(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def decode(cls, text: str) -> Weights:
+        """Raises StateError for anything but such a list."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.DecodeError as error:
+            raise StateError(f"the coordinator's list of weights is not usable: {error}", hint="Join again.") from None
