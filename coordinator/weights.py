@@ -142,7 +142,9 @@ def open_checkpoint(
         )
         done += entry["nbytes"]
     source = model.init if not Path(model.init).exists() else folder.resolve().name
-    weights = Weights(source=source, license=_license(folder), tensors=tuple(found))
+    # The hub's cache names a folder by its commit.
+    locations = (f"hf://{model.init}@{folder.name}",) if source == model.init else ()
+    weights = Weights(source=source, license=_license(folder), locations=locations, tensors=tuple(found))
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         cache.write_bytes(msgspec.json.encode(_Cached(files=files, weights=weights)))

@@ -40,10 +40,12 @@ class StoredTensor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``source``: the hub's id or the folder's name, for people."""
+    """``source``: the hub's id or the folder's name, for people. ``locations``: where the files are, too, and are tried
+    before the coordinator."""
 
     source: _Text
     license: _Text
+    locations: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=16)] = ()
     tensors: Annotated[tuple[StoredTensor, ...], msgspec.Meta(max_length=100_000)]
 
     @property

@@ -30,7 +30,7 @@ from ..protocol.pipe import ChannelConfig
 from ..protocol.plan import Shape
 from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
-from ..protocol.tls import Certificate
+from ..protocol.tls import Certificate, split_address
 from ..protocol.transport import TransportConfig
 from ..protocol.weights import StoredTensor, Weights
 from . import inventory
@@ -44,6 +44,7 @@ from .links import Links, frame_check
 from .mailbox import Mailbox
 from .offer import Say, WorkerConfig
 from .outside import EngineConfig, Views
+from .places import Place
 from .plan import View
 from .shards import MOST_WEIGHTS, most_nbytes
 from .states import States
@@ -178,7 +179,9 @@ class Session:
         coordinator = Coordinator(self.control, self.files, self.folder / "corpus", manifest)
         beginning = None
         if welcome.weights:
-            beginning = Beginning(Weights.decode(welcome.weights), self.folder / "weights", coordinator.fetch_weights)
+            checkpoint = Weights.decode(welcome.weights)
+            fetch = partial(coordinator.fetch_weights, checkpoint.locations)
+            beginning = Beginning(checkpoint, self.folder / "weights", fetch)
         config = EngineConfig(
             run=run,
             manifest=manifest,
@@ -190,6 +193,8 @@ class Session:
         self.states.prepare(run, shape, self.control.report)
         if run.checkpoint.keepers:
             self.states.keep(Keeper(run, shape, self.folder, self.control.report, beginning))
+        self.files.locations = manifest.locations
+        self.files.coordinator = split_address(self.ticket.url)[0]
         return Engine(config, self.views, self.links, self.mailbox, self.states, coordinator)
 
     # What the network calls.
@@ -274,9 +279,10 @@ class Coordinator:
         fetched = self._files.fetch(name, self._folder / SHARDS_FOLDER / name, nbytes)
         asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
 
-    def fetch_weights(self, tensor: StoredTensor, path: Path) -> None:
+    def fetch_weights(self, locations: tuple[str, ...], tensor: StoredTensor, path: Path) -> None:
         """Brings a tensor of the run's checkpoint. Blocks; may be called from any thread."""
-        fetched = self._files.fetch(tensor.sha256, path, tensor.nbytes)
+        places = [Place(root, tensor.file, tensor.start) for root in locations]
+        fetched = self._files.fetch(tensor.sha256, path, tensor.nbytes, places)
         asyncio.run_coroutine_threadsafe(fetched, self._loop).result()
 
     def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
