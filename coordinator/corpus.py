@@ -40,6 +40,11 @@ def of_run(config: RunConfig, folder: Path, progress: Progress | None = None) ->
             progress=progress,
         )
     _check_length(manifest.seq_len, seq_len, data.source)
+    if manifest.masked and config.activations.reuse:
+        raise ConfigError(
+            "activations.reuse: the recipe's objectives make another sample of the same text in every epoch",
+            hint="Leave activations.reuse out.",
+        )
     return folder, manifest
 
 

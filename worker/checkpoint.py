@@ -74,6 +74,17 @@ class SavePoints:
                         return state
         return None
 
+    def newest(self, layers: tuple[int, int], step: int) -> State | None:
+        """Of the rounds of these layers that are here, the last one that is not beyond ``step``."""
+        with self._lock:
+            known = {p for p in (*self._disk, *self._memory) if p.kind == "round" and p.digest and p.step <= step}
+        for point in sorted(known, key=lambda p: (p.step, p.generation), reverse=True):
+            if (point.first_layer, point.last_layer) == layers:
+                state = self.find(point.kind, point.generation, point.step, layers)
+                if state is not None:
+                    return state
+        return None
+
     def save(self, state: State) -> None:
         """On disk, durably; of rounds the ``KEPT_ROUNDS`` written last stay."""
         with self._saving:  # a round is saved in the background; a stop may save the same one at the same time

@@ -2,7 +2,8 @@
 
 The coordinator says which stage it will probably be, and names each committed round. The first one is fetched from the
 replicas; later ones are done again from their redo log entries, which replicas keep for a while. So the seat is taken
-with what the last rounds changed, and nobody waits for a transfer. AdamW's moments stay those of the first fetch.
+with what the last rounds changed, and nobody waits for a transfer. Who was away for a little while and has a round of
+the stage on disk fetches nothing but the rounds since. AdamW's moments stay those of the first fetch, or of that round.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 ENTRY_SECONDS = 30.0  # for a piece of an entry to come
 PAUSE_SECONDS = 1.0
 Stopped = Callable[[], bool]
+Own = Callable[[tuple[int, int], int], State | None]
 
 
 class Fetch(Protocol):
@@ -93,8 +95,12 @@ def catch_up(desk: Desk, rule: Rule, state: State, to: Prospect, stopped: Stoppe
 class Joiner:
     """Gets the state of a newcomer's stage, on a thread of its own. Thread-safe."""
 
-    def __init__(self, run: RunConfig, shape: Shape, desk: Desk, fetch: Fetch, report: Callable[..., None]) -> None:
-        self._run, self._shape, self._desk, self._fetch, self._report = run, shape, desk, fetch, report
+    def __init__(
+        self, run: RunConfig, shape: Shape, desk: Desk, fetch: Fetch, own: Own, report: Callable[..., None]
+    ) -> None:
+        """``own``: the newest round of some layers on this disk that is not beyond a step."""
+        self._run, self._shape, self._desk, self._report = run, shape, desk, report
+        self._fetch, self._own = fetch, own
         self._changed = threading.Condition()
         self._busy = threading.Lock()  # while the state is worked on
         self._prospect: Prospect | None = None
@@ -172,10 +178,14 @@ class Joiner:
             now = self._prospect
             return now is None or not self._is_of(now, to.point)
 
-        if self._state is not None and self._is_of(self._state, to.point):
+        state = self._state
+        if state is None or not self._is_of(state, to.point):
+            found = self._own((to.point.first_layer, to.point.last_layer), to.point.step)
+            state = found and found.shared()
+        if state is not None:
             try:
-                return catch_up(self._desk, self._rule(to.stage), self._state, to, stopped)
+                return catch_up(self._desk, self._rule(to.stage), state, to, stopped)
             except WireError as error:
-                log.info("fetching the state once more: %s", error)
+                log.info("fetching the state as a whole: %s", error)
         wanted = Wanted(point=to.point, size=self._shape.size(to.point.first_layer, to.point.last_layer))
         return self._fetch(wanted, to.donors, stopped)

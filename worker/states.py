@@ -48,7 +48,7 @@ class States:
 
     def prepare(self, run: RunConfig, shape: Shape, report: Callable[..., None]) -> None:
         """Gets ready for the stage that the coordinator names, from now on."""
-        self.joiner = Joiner(run, shape, self._desk, self.fetch, report)
+        self.joiner = Joiner(run, shape, self._desk, self.fetch, self.points.newest, report)
 
     def keep(self, keeper: Keeper) -> None:
         """Keeps others' stages from now on."""

@@ -29,7 +29,7 @@ class Churn:
     layout: str
     profile: str
     share_per_hour: float
-    seconds: float  # from the first to the last committed round in the measured time
+    seconds: float  # from the first committed round to the end: standing still at the end counts
     deaths: int
     up: float
     samples_per_second: float
@@ -63,19 +63,20 @@ def endure(profile: Profile, layout: Layout, share: float, *, seconds: float, se
                 lab.set(i, there.line(i))
                 quicken(lab, i, layout.time_factor)
             up = live(lab, crew, turns, seconds, count)
+            ended = time.time()
             rounds = crew.rows("SELECT committed, sample FROM rounds ORDER BY step")
         finally:
             crew.stop()
     report = verify(folder / "coordinator" / "run.sqlite")
-    (begin, first), (end, last) = rounds[0], rounds[-1]
+    (begin, first), (_, last) = rounds[0], rounds[-1]
     return Churn(
         layout=layout.name,
         profile=profile.name,
         share_per_hour=share,
-        seconds=end - begin,
+        seconds=ended - begin,
         deaths=sum(not turn.up for turn in turns),
         up=up,
-        samples_per_second=(last - first) / max(end - begin, 1e-9),
+        samples_per_second=(last - first) / (ended - begin),
         problems=report.lines() if report.problems else [],
     )
 

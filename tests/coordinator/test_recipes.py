@@ -210,8 +210,8 @@ def test_shares_are_rounded_to_the_right_sum() -> None:
 def test_a_run_takes_a_recipe_or_what_was_built_of_it(built: tuple[Path, Manifest], here: Path, tmp_path: Path) -> None:
     (here / "mine.yaml").write_text(yaml.safe_dump(recipe_of(), sort_keys=False), encoding="utf-8")
 
-    def of_run(source: Path, seq_len: int) -> tuple[Path, Manifest]:
-        raw = {"name": "r", "steps": 1, "model": {"seq_len": seq_len}, "data": {"source": str(source)}}
+    def of_run(source: Path, seq_len: int, **more: Any) -> tuple[Path, Manifest]:
+        raw = {"name": "r", "steps": 1, "model": {"seq_len": seq_len}, "data": {"source": str(source)}, **more}
         return corpus.of_run(run_yaml.convert(raw), tmp_path / "own", silent)
 
     assert of_run(built[0], 32) == built
@@ -220,6 +220,8 @@ def test_a_run_takes_a_recipe_or_what_was_built_of_it(built: tuple[Path, Manifes
         with pytest.raises(ConfigError, match=r"model\.seq_len 64 is not the 32 tokens") as caught:
             of_run(source, 64)
         assert "Set model.seq_len to 32" in caught.value.hint
+    with pytest.raises(ConfigError, match=r"activations\.reuse"):
+        of_run(built[0], 32, activations={"reuse": True})
     assert of_run(here / "mine.yaml", 32) == (tmp_path / "own", built[1])
     shard = tmp_path / "own" / SHARDS_FOLDER / next(iter(built[1].shards))
     shard.unlink()

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from potluck.protocol.config import RunConfig
 from potluck.protocol.manifest import Manifest
 from potluck.worker.data import Dataset
+from potluck.worker.layout import Layout
 from potluck.worker.model import StageModule, hf_config
 from potluck.worker.stage import learning_rate
 
@@ -34,6 +35,13 @@ def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
     )
 
 
+def spelled_out(layout: Layout) -> dict[str, torch.Tensor]:
+    """What stock transformers needs to see of a layout what we see: an additive mask, and every token's place."""
+    may = layout.mask()
+    mask = torch.zeros(may.shape).masked_fill(~may, torch.finfo(torch.float32).min)
+    return {"attention_mask": mask, "position_ids": layout.positions()}
+
+
 def train_step(
     model: PreTrainedModel, optimizer: torch.optim.AdamW, data: Dataset, config: RunConfig, step: int, start: int
 ) -> tuple[float, int]:
@@ -42,12 +50,13 @@ def train_step(
     optimizer.zero_grad()
     for m in range(config.pipeline.microbatches):
         first = start + m * size
-        inputs_BT, targets_BT, _ = data.batch(range(first, first + size), config.seed)
-        logits = model(inputs_BT, use_cache=False).logits
+        inputs_BT, targets_BT, layout = data.batch(range(first, first + size), config.seed)
+        seen = {} if layout is None else spelled_out(layout)
+        logits = model(inputs_BT, use_cache=False, **seen).logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
         loss.backward()
         loss_sum += float(loss.detach())
-        targets += targets_BT.numel()
+        targets += int((targets_BT >= 0).sum())
     for p in model.parameters():
         p.grad.div_(targets)
     for group in optimizer.param_groups:

@@ -81,7 +81,7 @@ class LocalWorker:
         self.mailbox, self.views, self.points = Mailbox(), Views(), SavePoints(folder)
         self.links = MemoryLinks(peer, local, self.mailbox)
         self.states = States(RUN_NAME, self.points, self.links.post, 0.0)
-        shape = Shape.of(local.config.model, 300)
+        shape = Shape.of(local.config.model, local.manifest.vocab_size)
         self.states.prepare(local.config, shape, self.report)
         if local.config.checkpoint.keepers:
             self.states.keep(Keeper(local.config, shape, folder, self.report))
@@ -240,8 +240,8 @@ def local_run(corpus_folder: tuple[Path, Manifest], tmp_path: Path):
     """Makes runs of ``config`` and ends their threads whatever happens."""
     made: list[LocalRun] = []
 
-    def make(config: RunConfig, home: str = "a") -> LocalRun:
-        made.append(LocalRun(config, corpus_folder, tmp_path / home))
+    def make(config: RunConfig, home: str = "a", corpus: tuple[Path, Manifest] = corpus_folder) -> LocalRun:
+        made.append(LocalRun(config, corpus, tmp_path / home))
         return made[-1]
 
     torch.set_num_threads(1)

@@ -10,15 +10,17 @@ import msgspec
 import pytest
 import torch
 from manifests import manifest
+from msgspec.structs import replace
 from mutations import Mutator, outcome, traced
 
 from potluck.protocol.config import RunConfig
 from potluck.protocol.errors import WireError
 from potluck.protocol.frames import Frame, Header, TensorSpec, encode_header, parse_header
+from potluck.protocol.objective import Objective
 from potluck.protocol.plan import Plan, Replica, StagePlan
 from potluck.worker import inventory
 from potluck.worker.boundary import TRAIN, Boundary, Memory, Seat, boundary_check
-from potluck.worker.layout import Batch
+from potluck.worker.layout import Batch, Layout
 from potluck.worker.redo import Entry, pieces_of, replay
 from potluck.worker.reference import ALONE, FLIPPED, Rule, packed
 from potluck.worker.shards import WEIGHTS, codec_of, most_nbytes
@@ -28,6 +30,7 @@ from potluck.worker.stage import State, digest
 pytestmark = pytest.mark.timeout(60)
 SLACK = 64 * 1024
 MANIFEST = manifest(24, 4, 16)
+MASKED = replace(MANIFEST, stages=(replace(MANIFEST.stages[0], objective=Objective(kind="prefix")),))
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -35,7 +38,8 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def seats(make_config: Callable[..., RunConfig], folder: Path, **activations: object) -> list[Boundary]:
-    """Both ends of a boundary."""
+    """Both ends of a boundary. ``masked``: of a run with documents and prefixes."""
+    manifest = MASKED if activations.pop("masked", False) else MANIFEST
     config = make_config(activations=activations)
     stages = tuple(
         StagePlan(first_layer=i, last_layer=i + 1, replicas=(Replica(peer=peer),)) for i, peer in enumerate("ab")
@@ -52,7 +56,7 @@ def seats(make_config: Callable[..., RunConfig], folder: Path, **activations: ob
     )
     memories = [Memory(config, folder / p) if activations.get("reuse") else None for p in "ab"]
     return [
-        Boundary(config, Seat(plan=plan, stage=i, replica=0, run=b"testrun1"), MANIFEST, memory)
+        Boundary(config, Seat(plan=plan, stage=i, replica=0, run=b"testrun1"), manifest, memory)
         for i, memory in enumerate(memories)
     ]
 
@@ -62,7 +66,17 @@ KINDS = {
     "int4": {"forward": "int4:tile=64,hadamard", "backward": "int3:tile=32,zero"},
     "outliers": {"forward": "int2:tile=32,outliers=2", "backward": "int8:tile=64"},
     "reuse": {"forward": "int4:tile=64", "backward": "int6:tile=64", "reuse": True, "cache_gb": 0.01},
+    "masked": {"forward": "int4:tile=64", "backward": "int4:tile=64", "masked": True},
 }
+
+
+def a_batch(boundary: Boundary, hidden: torch.Tensor) -> Batch:
+    """Without targets; two documents a sample, and padding, where the run has them."""
+    layout = None
+    if boundary.manifest.masked:
+        row = torch.tensor([1] * 7 + [2] * 6 + [0] * 3, dtype=torch.int16)
+        layout = Layout(torch.stack([row, row]), torch.stack([row, row]) == 2)
+    return Batch(hidden, torch.zeros(2, 16, dtype=torch.int64), layout)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,10 +84,10 @@ def test_boundary_tensors(make_config: Callable[..., RunConfig], tmp_path: Path,
     """As the network does it: a header goes through the check first, and a payload has the length it says."""
     mutate, seen = Mutator(len(kind)), Counter[str]()
     a, b = seats(make_config, tmp_path, **KINDS[kind])
-    check = boundary_check(a.config, MANIFEST)
-    hidden, targets = normal(2, 16, 32), torch.zeros(2, 16, dtype=torch.int64)
+    check = boundary_check(a.config, a.manifest)
+    hidden = normal(2, 16, 32)
     flat = torch.zeros(2, 16, 32)  # gets shorter through zstd
-    frames = [a.activation(0, TRAIN, 0, Batch(x, targets))[0] for x in (hidden, flat)]
+    frames = [a.activation(0, TRAIN, 0, a_batch(a, x))[0] for x in (hidden, flat)]
     frames += [b.gradient(0, 0, x) for x in (hidden, flat)]
 
     def take(frame: Frame) -> None:
@@ -122,11 +136,11 @@ def changed(header: Header, **changes: object) -> Header:
 def test_headers_of_boundary_tensors(make_config: Callable[..., RunConfig], tmp_path: Path, kind: str) -> None:
     mutate, seen = Mutator(10 + len(kind)), Counter[str]()
     a, b = seats(make_config, tmp_path, **KINDS[kind])
-    check = boundary_check(a.config, MANIFEST)
-    hidden, targets = normal(2, 16, 32), torch.zeros(2, 16, dtype=torch.int64)
+    check = boundary_check(a.config, a.manifest)
+    hidden = normal(2, 16, 32)
     valid = [
         encode_header(frame.header)
-        for frame in (a.activation(0, TRAIN, 0, Batch(hidden, targets))[0], b.gradient(0, 0, hidden))
+        for frame in (a.activation(0, TRAIN, 0, a_batch(a, hidden))[0], b.gradient(0, 0, hidden))
     ]
     most = 4 * 2 * 16 * 32 + 2 * 2 * 16 + 1000
     with traced():

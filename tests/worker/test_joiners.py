@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
 from potluck.coordinator import events
 from potluck.protocol.frames import Kind
 from potluck.worker import inventory as inv
+from potluck.worker.checkpoint import SavePoints
 from potluck.worker.inventory import Part
 from potluck.worker.stage import digest
 
@@ -104,3 +106,52 @@ def test_time_for_getting_ready_is_bounded(local_run, make_config):
     ours.join("c", "d")
     ours.finish()
     check(ours)
+
+
+def killed(local_run, make_config):
+    """A run of four without an end, whose ``d`` has saved a round, is killed, and missed one."""
+    coordinator = {"wait_for": 4, "prepare_seconds": 1e6}
+    ours = local_run(make_config(steps=10_000, sync=SYNC, coordinator=coordinator, checkpoint={"save_rounds": 1}))
+    ours.join("a", "b", "c", "d")
+    ours.wait(lambda: ours.machine.rounds >= 2 and bool(ours.workers["d"].points._disk))
+    ours.kill("d")
+    rounds = ours.machine.rounds
+    ours.wait(lambda: ours.machine.rounds > rounds)
+    return ours
+
+
+def seated_again(ours) -> None:
+    ours.wait(lambda: ours.machine.generation == 2 and "d" in ours.machine.plan.peers)
+    rounds = ours.machine.rounds
+    ours.wait(lambda: ours.machine.rounds >= rounds + 2)
+    assert not ours.seen(events.RoundRefused)
+    assert not ours.seen(events.RolledBack)
+
+
+def test_who_was_away_for_a_little_while_fetches_only_the_rounds_since(local_run, make_config):
+    """A worker that is started again has a round of its stage on disk: nothing of the state is sent to it."""
+    ours = killed(local_run, make_config)
+    watch = Watch(ours)
+    ours.join("d")
+    seated_again(ours)
+    assert watch.nbytes(Part.ENTRY, planned=False)
+    assert not watch.nbytes(Part.G, Part.MOMENTS, planned=False)
+
+
+def test_what_is_on_disk_is_not_believed(local_run, make_config, monkeypatch):
+    """A round of another run's weights: the rounds since do not fit it, and the state is fetched."""
+    newest = SavePoints.newest
+
+    def other(self, layers, step):
+        state = newest(self, layers, step)
+        if state is None:
+            return None
+        g = state.g + 1
+        return replace(state, g=g, point=replace(state.point, digest=digest(g)))
+
+    ours = killed(local_run, make_config)
+    watch = Watch(ours)
+    monkeypatch.setattr(SavePoints, "newest", other)
+    ours.join("d")
+    seated_again(ours)
+    assert watch.nbytes(Part.G, planned=False) + watch.nbytes(Part.G, planned=True)
