@@ -166,7 +166,7 @@ def _located(folder: Path, model: ModelConfig, vocab_size: int) -> dict[str, dic
         for name, entry in header.items():
             try:
                 start, end = entry["data_offsets"]
-                shape, dtype = [int(n) for n in entry["shape"]], str(entry["dtype"])
+                stored_shape, dtype = tuple(int(n) for n in entry["shape"]), str(entry["dtype"])
                 if not 0 <= start <= end <= size:
                     raise ValueError
             except (KeyError, TypeError, ValueError):
@@ -176,7 +176,7 @@ def _located(folder: Path, model: ModelConfig, vocab_size: int) -> dict[str, dic
                 "start": base + start,
                 "nbytes": end - start,
                 "dtype": dtype,
-                "shape": shape,
+                "shape": stored_shape,
             }
     out = {}
     for name, shape in tensors(model, vocab_size, 0, model.layers).items():
@@ -187,7 +187,7 @@ def _located(folder: Path, model: ModelConfig, vocab_size: int) -> dict[str, dic
             )
         if tuple(entry["shape"]) != shape:
             raise ConfigError(
-                f"{model.init}: {name} is {entry['shape']}, and the run's is {list(shape)}",
+                f"{model.init}: {name} is {list(entry['shape'])}, and the run's is {list(shape)}",
                 hint="Its tokenizer's vocabulary must be the checkpoint's: data.source with the same tokenizer.",
             )
         if entry["dtype"] not in ITEMSIZE:

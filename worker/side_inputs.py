@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..protocol.errors import WireError
@@ -39,15 +40,15 @@ def ids_codec(vocab_size: int) -> str:
 
 def encode_layout(layout: Layout) -> bytes:
     """Some 8 bytes a document; of each, the prefix comes first."""
-    out = []
+    out: list[NDArray[np.int64]] = []
     for segments, is_prefix in zip(layout.segments.cpu().numpy(), layout.is_prefix.cpu().numpy(), strict=True):
         lengths = np.bincount(segments[segments > 0].astype(np.int64))[1:]
         prefixes = np.bincount(segments[is_prefix].astype(np.int64), minlength=len(lengths) + 1)[1:]
-        out += [[len(lengths)], np.stack([prefixes, lengths - prefixes], 1).ravel()]
+        out += [np.array([len(lengths)]), np.stack([prefixes, lengths - prefixes], 1).ravel()]
     return np.concatenate(out).astype(_WORD).tobytes()
 
 
-def decode_layout(payload: memoryview, shape: tuple[int, int]) -> Layout:
+def decode_layout(payload: memoryview, shape: tuple[int, ...]) -> Layout:
     """Bytes to the layout of [B, T]. ``WireError`` for documents that are empty or do not fit."""
     size, length = shape
     segments, is_prefix = np.zeros(shape, np.int16), np.zeros(shape, np.bool_)
@@ -66,6 +67,6 @@ def decode_layout(payload: memoryview, shape: tuple[int, int]) -> Layout:
     return Layout(torch.from_numpy(segments), torch.from_numpy(is_prefix))
 
 
-def layout_nbytes(shape: tuple[int, int]) -> int:
+def layout_nbytes(shape: tuple[int, ...]) -> int:
     """At most: every position a document."""
     return _WORD.itemsize * shape[0] * (1 + 2 * shape[1])
