@@ -173,7 +173,8 @@ def stats(folder: Path) -> None:
     first = 0
     for number, stage in enumerate(manifest.stages):
         size = f"{stage.rows * manifest.seq_len:,}"
-        head, fill = (Text(stage.name), stage.objective.kind, size), _fill(dataset, first, stage.rows)
+        head: tuple[Text, str, str] = (Text(stage.name), stage.objective.kind, size)
+        fill = _fill(dataset, first, stage.rows)
         for source, count in mixture.counts(number, stage.rows).items():
             begun[source] = begun.get(source, 0) + count
             passes = begun[source] / manifest.sources[source].rows

@@ -7,7 +7,7 @@ import difflib
 import re
 import types
 import typing
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -28,19 +28,22 @@ def _convert(kind: type[T], raw: object, origin: str, path: str) -> T:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         text = str(error)
-        match = re.search(r"^(.*?) - at `\$\.?(.*)`$", text)
-        what, where = (match[1], match[2]) if match else (text, "")
-        what = _explained(kind, where) or what
+        match = re.search(r"^(.*?) - at (`key` in )?`\$\.?(.*)`$", text)
+        what, where = (match[1], match[3]) if match else (text, "")
+        what = _explained(kind, where, of_key=bool(match and match[2])) or what
         raise ConfigError(f"{origin}: {path}{where or 'the file'}: {what}", hint="Change that value.") from None
     except ConfigError as error:
         raise ConfigError(f"{origin}: {path.rstrip('.')}{': ' if path else ''}{error}", hint=error.hint) from None
 
 
-def _explained(kind: Any, path: str) -> str:
-    """What the value at ``path`` must be, where its type says more than its name: choices and patterns."""
-    for key in re.split(r"\.|(?=\[)", path):
+def _explained(kind: Any, path: str, *, of_key: bool = False) -> str:
+    """What the value at ``path``, or its keys, must be, where its type says more than its name."""
+    for key in [*re.split(r"\.|(?=\[)", path), *(["[key]"] if of_key else [])]:
+        while typing.get_origin(kind) is Annotated:
+            kind = typing.get_args(kind)[0]
         if key.startswith("["):  # what a mapping or a list holds
-            kind = (typing.get_args(kind) or (None,))[-1 if typing.get_origin(kind) is dict else 0]
+            inner = typing.get_args(kind) or (None,)
+            kind = inner[1 if typing.get_origin(kind) is dict and key != "[key]" else 0]
             continue
         hints = typing.get_type_hints(kind, include_extras=True) if isinstance(kind, type) else {}
         if key not in hints:

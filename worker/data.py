@@ -133,8 +133,8 @@ class Dataset:
         if (found := self._open.get(name)) is not None:
             self._open.move_to_end(name)
             return found
+        self._bring(name).result()
         try:
-            self._bring(name).result()
             shard = self._checked(name)
         except StateError as error:
             if self._fetch is None:

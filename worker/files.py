@@ -17,11 +17,13 @@ from ..protocol.frames import Purpose
 from ..protocol.hello import BLOB, UPLOAD
 from ..protocol.meter import Meter
 from .control import COORDINATOR, STREAM_ERRORS, reason
+from .places import download, is_near
 
 log = logging.getLogger(__name__)
 PIECE_NBYTES = 256 * 1024
 FETCH_TRIES = 60  # at a file of the run, before the worker gives up
 FETCH_PAUSE_SECONDS = 1.0
+PLACE_TRIES = 3  # at a location that does not have what it should, in a row
 
 
 async def at_once() -> None:
@@ -30,17 +32,23 @@ async def at_once() -> None:
 
 class Files:
     """``line`` gives the connection in use and the token of its session. ``give_way`` is waited for before each piece
-    that goes out."""
+    that goes out. ``locations``: folders with shards that are asked before the coordinator, whose host is
+    ``coordinator``: where that is in a network of its own, they may be, too."""
 
     def __init__(
         self, line: Callable[[], tuple[grpc.aio.Channel, bytes]], meter: Meter, is_over: Callable[[], bool]
     ) -> None:
         self._line, self._meter, self._is_over = line, meter, is_over
         self.give_way: Callable[[], Awaitable[None]] = at_once
+        self.locations: tuple[str, ...] = ()
+        self.coordinator = ""
+        self._failures: dict[str, int] = {}  # of each location, since it last had something
 
     async def fetch(self, name: str, target: Path, nbytes: int) -> None:
-        """A file of the run by its SHA-256 and size, into ``target``; goes on where it stopped, on the next connection
-        too."""
+        """A file of the run by its SHA-256 and size, into ``target``: from one of ``locations``, or from the
+        coordinator. Goes on where it stopped, on the next connection too."""
+        if await self._from_places(name, target, nbytes):
+            return
         for left in reversed(range(FETCH_TRIES)):
             try:
                 await self._fetch(name, target, nbytes)
@@ -50,6 +58,31 @@ class Files:
                     raise
                 log.warning("%s; trying again", error)
             await asyncio.sleep(FETCH_PAUSE_SECONDS)
+
+    async def _from_places(self, name: str, target: Path, nbytes: int) -> bool:
+        """Whether one of the locations had it."""
+        for number, place in enumerate(self.locations):
+            if self._failures.get(place, 0) >= PLACE_TRIES:
+                continue
+            url = f"{place.rstrip('/')}/{name}"
+            part = target.with_name(f"{name}.{number}.part")  # of its own: what is wrong in it spoils no other's
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                lan = await asyncio.to_thread(is_near, self.coordinator)
+                await asyncio.to_thread(download, url, name, nbytes, part, lan=lan, record=self._record)
+                part.replace(target)
+            except UnreachableError as error:
+                log.warning("%s; asking elsewhere", error)
+                self._failures[place] = self._failures.get(place, 0) + 1
+                continue
+            except OSError as error:
+                raise StateError(f"{part}: {error}", hint="Free some space: --data-dir names the folder.") from None
+            self._failures[place] = 0
+            return True
+        return False
+
+    def _record(self, nbytes: int) -> None:
+        self._meter.record("locations", "in", Purpose.DATA, nbytes)
 
     async def _fetch(self, name: str, target: Path, nbytes: int) -> None:
         channel, token = self._line()

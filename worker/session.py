@@ -30,7 +30,7 @@ from ..protocol.pipe import ChannelConfig
 from ..protocol.plan import Shape
 from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
-from ..protocol.tls import Certificate
+from ..protocol.tls import Certificate, split_address
 from ..protocol.transport import TransportConfig
 from . import inventory
 from .boundary import boundary_check
@@ -170,6 +170,8 @@ class Session:
         self.states.prepare(run, shape, self.control.report)
         if run.checkpoint.keepers:
             self.states.keep(Keeper(run, shape, self.folder, self.control.report))
+        self.files.locations = manifest.locations
+        self.files.coordinator = split_address(self.ticket.url)[0]
         coordinator = Coordinator(self.control, self.files, self.folder / "corpus", manifest)
         return Engine(config, self.views, self.links, self.mailbox, self.states, coordinator)
 

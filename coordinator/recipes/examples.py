@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,16 @@ class Task:
 
 
 def tasks(config: SourceConfig, here: Path, seed: int) -> list[Task]:
-    """All of a source's examples, at most ``max_rows``. ``ConfigError`` for files that do not fit the loader."""
+    """All of a source's examples, at most ``max_rows``, none twice in a task. ``ConfigError`` for files that do
+    not fit the loader."""
     if config.loader == "ni_json":
         found = list(_natural_instructions(config, here))
     elif config.loader == "pairs":
         found = list(_pairs(config, here))
     else:
         found = [Task(name="rows", examples=list(islice(_prompts(config, here, seed), config.max_rows)))]
-    return [task for task in found if task.examples]
+    once = (replace(task, examples=list(dict.fromkeys(task.examples))) for task in found)
+    return [task for task in once if task.examples]
 
 
 def blocks(config: SourceConfig, here: Path) -> list[str]:

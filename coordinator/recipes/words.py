@@ -98,7 +98,7 @@ def special_of(tokenizer: Tokenizer, eos: str) -> Special:
     end = tokenizer.token_to_id(eos)
     if end is None:
         raise ConfigError(f"the tokenizer has no word {eos}", hint="Check eos_token in its tokenizer_config.json.")
-    spare = []
+    spare: list[int] = []
     while (word := tokenizer.token_to_id(spare_word(len(spare) + 1))) is not None:
         spare.append(word)
     if len(spare) <= N_MODES:
