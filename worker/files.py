@@ -47,8 +47,12 @@ class Files:
     async def fetch(self, name: str, target: Path, nbytes: int) -> None:
         """A file of the run by its SHA-256 and size, into ``target``: from one of ``locations``, or from the
         coordinator. Goes on where it stopped, on the next connection too."""
-        if await self._from_places(name, target, nbytes):
-            return
+        if not await self._from_places(name, target, nbytes):
+            await self._from_coordinator(name, target, nbytes)
+        for part in target.parent.glob(f"{name}.*part"):  # what places began that it did not come from
+            part.unlink(missing_ok=True)
+
+    async def _from_coordinator(self, name: str, target: Path, nbytes: int) -> None:
         for left in reversed(range(FETCH_TRIES)):
             try:
                 await self._fetch(name, target, nbytes)

@@ -56,7 +56,7 @@ class Rows:
                     if self._renderer.answers and not row["flags"].any():
                         empty += 1
                         continue
-                    failpoint("coordinator.corpus.row")
+                    failpoint("coordinator.corpus.write")
                     file.write(row.tobytes())
                     n, used, empty = n + 1, used + int(row["used"]), 0
                 if empty >= _MOST_EMPTY:

@@ -52,7 +52,7 @@ def test_the_oracle_finds_training_that_is_not_what_was_said(
 
 
 def test_every_failpoint_is_in_a_scenario() -> None:
-    paths = [path for name in ("coordinator", "worker") for path in (ROOT / name).glob("*.py")]
+    paths = [path for name in ("coordinator", "worker") for path in (ROOT / name).rglob("*.py")]
     calls = re.compile(r'failpoint(?:_async)?\("([a-z._]+)"')
     placed = {name for path in paths for name in calls.findall(path.read_text(encoding="utf-8"))}
     assert placed == {fault.point for scenario in every() for fault in scenario.faults}
