@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -99,9 +100,11 @@ def _begun(out: Path, header: Header) -> set[str]:
         raise ConfigError(
             f"{out} has scores of another model, {found.model}", hint="Name another file with --out, or delete it."
         )
-    data = out.read_bytes()
-    with out.open("r+b") as file:
-        file.truncate(data.rindex(b"\n") + 1)
+    whole = out.read_bytes().rfind(b"\n") + 1
+    if not whole:
+        out.write_bytes(_line(header))
+    else:
+        os.truncate(out, whole)
     return set(rows)
 
 

@@ -8,7 +8,6 @@ what is left is what x itself does. Logarithms are natural. A pair whose answer 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from ..protocol.errors import ConfigError
 
@@ -131,7 +131,8 @@ def load(folder: Path) -> Scorer:
         raise ConfigError(f"{folder} has no model", hint=_HINT)
     one = sorted(folder.glob("*.gguf"))
     quantized = {} if (folder / "config.json").is_file() or len(one) != 1 else {"gguf_file": one[0].name}
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **quantized)
         safe = {} if quantized else {"use_safetensors": True}

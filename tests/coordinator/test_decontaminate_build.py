@@ -17,6 +17,7 @@ from recipe_texts import recipe_of, write_sources
 from tokenizers import Tokenizer
 
 from potluck import cli
+from potluck.cli_score import show_left_out
 from potluck.coordinator.decontaminate import Protected, merged
 from potluck.coordinator.recipes import evaluations, examples, guard, pairs, streams
 from potluck.coordinator.recipes.build import BUILDING, Work, build
@@ -322,7 +323,7 @@ def kept_recipe(**keep: Any) -> dict[str, Any]:
     return raw
 
 
-def test_low_scores_are_dropped_and_reported(tmp_path: Path) -> None:
+def test_low_scores_are_dropped_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = write_sources(tmp_path / "sources")
     config = SourceConfig(loader="p3", path="p3.jsonl", license="x")
     append(here / "p3.jsonl", [{"inputs": f"p3 strange{i}?", "targets": foreign(i, 2)} for i in range(30)])
@@ -334,6 +335,10 @@ def test_low_scores_are_dropped_and_reported(tmp_path: Path) -> None:
     assert (kept["pairs"], kept["kept"], kept["model"], kept["scores"]) == (180, 144, "tiny", "p3.scores")
     assert kept["best"][0]["pmi"] > kept["worst"][0]["pmi"]
     assert "strange" in kept["worst"][0]["x"]
+    show_left_out(out)
+    printed = capsys.readouterr().out
+    assert "p3: 144 of 180 pairs kept by the scores of tiny" in printed
+    assert re.search(r"worst dropped \(-\d\.\d\d\): p3 strange\d+\? -> ", printed)
     tokenizer = Tokenizer.from_file(str(out / TOKENIZER_FILE))
     shard = manifest.sources[1].train[0]
     data = (out / SHARDS_FOLDER / shard.sha256).read_bytes()[: shard.rows * 66]
