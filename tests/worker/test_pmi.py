@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ def gptj() -> GPTJForCausalLM:
     return GPTJForCausalLM(GPTJConfig(vocab_size=257, initializer_range=0.3, **shape))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On busy cores several are slower than one for models of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
@@ -54,13 +64,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(model: Any, context: list[int], said: list[int]) -> float:
-    """One sequence, one position after another."""
-    total = 0.0
-    for number, token in enumerate(said):
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([context + said[:number]])).logits
-        total += float(torch.log_softmax(logits[0, -1].double(), 0)[token])
-    return total
+    """One sequence, nothing beside or behind it."""
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([context + said])).logits[0].double()
+    places = range(len(context) - 1, len(context) + len(said) - 1)
+    return sum(float(torch.log_softmax(logits[at], 0)[token]) for at, token in zip(places, said, strict=True))
 
 
 @pytest.mark.parametrize("make", [llama, gptj])
@@ -104,10 +112,10 @@ def test_of_questions_the_one_that_an_answer_was_learned_for_scores_highest() ->
     pairs = [("one?", "first"), ("two?", "second"), ("three?", "third"), ("four?", "fourth")]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     rows = [[256, *tokenizer(f"{x}\n{y}")["input_ids"]] for x, y in pairs]
-    for _ in range(30):
-        loss = sum(model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss for row in rows)
+    for step in range(60):
+        row = torch.tensor([rows[step % 4]])
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[union-attr]
+        model(input_ids=row, labels=row).loss.backward()
         optimizer.step()
     scorer = Scorer(model, tokenizer)
     for place, (_, y) in enumerate(pairs):
