@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_common import CONTEXT, data_home
+from .cli_score import score, show_left_out
 from .protocol.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ def data() -> None:
     """Make and look at what a run learns from."""
 
 
+data.add_command(score)
+
+
 @data.command(context_settings=CONTEXT)
 @click.argument("recipe", type=_FOLDER)
 @click.option("--out", type=_FOLDER, default=None, help="Folder for the corpus.  [default: one in your data folder]")
@@ -35,6 +39,7 @@ def build(recipe: Path, out: Path | None, root: Path | None) -> None:
     """
     from .coordinator.recipes.build import Work
     from .coordinator.recipes.build import build as make
+    from .coordinator.recipes.left_out import check_unchanged
     from .protocol.identity import lock
     from .protocol.recipe import load
 
@@ -44,11 +49,14 @@ def build(recipe: Path, out: Path | None, root: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder}: {error.strerror}", hint="Name a folder that can be written with --out.") from None
+    here = root or recipe.parent
     try:
         with lock(folder / "corpus"), progress() as say:
-            manifest = make(work, folder, root or recipe.parent, say)
+            manifest = make(work, folder, here, say)
+            check_unchanged(work.recipe, folder, here)
     except KeyboardInterrupt:
         raise ConfigError("stopped", hint="The same command goes on from there.") from None
+    show_left_out(folder)
     click.echo(
         f"{folder}: {manifest.n_tokens:,} tokens in {len(manifest.shards)} shards, vocabulary {manifest.vocab_size:,}"
     )

@@ -123,7 +123,7 @@ def scan(rows: Iterable[NDArray[np.integer]], protected: Sequence[NDArray[np.int
     for number, row in enumerate(rows):
         n_rows, n_tokens = n_rows + 1, n_tokens + len(row)
         starts = grams.matches(row)
-        found += [Overlap(number, start, length) for start, length in _merged(starts, n)]
+        found += [Overlap(number, start, length) for start, length in merged(starts, n)]
         for start in starts.tolist():
             gram = row[start : start + n].astype(np.uint32)
             if (name := gram.tobytes()) not in seen:
@@ -133,7 +133,7 @@ def scan(rows: Iterable[NDArray[np.integer]], protected: Sequence[NDArray[np.int
     return Report(n, n_rows, n_tokens, found, dict(sorted(texts_found.items())), grams.n_texts, grams.n_short)
 
 
-def _merged(starts: NDArray[np.int64], n: int) -> list[tuple[int, int]]:
+def merged(starts: NDArray[np.int64], n: int) -> list[tuple[int, int]]:
     """(start, length) of the stretches that n-grams at ``starts``, ascending, cover."""
     if not len(starts):
         return []

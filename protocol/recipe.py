@@ -18,6 +18,7 @@ from .sync_config import Section
 
 Loader = Literal["builtin", "text", "hf", "ni_json", "p3", "json_dict", "pairs"]
 Render = Literal["document", "ni_fewshot", "p3_fewshot", "blocks"]
+PAIRED: tuple[Loader, ...] = ("ni_json", "p3", "pairs")  # what they read has a question and answers
 RENDERS: dict[Loader, tuple[Render, ...]] = {
     "builtin": ("document",),
     "text": ("document",),
@@ -64,6 +65,30 @@ class TokenizerConfig(Section, frozen=True, kw_only=True):
             )
 
 
+class KeepConfig(Section, frozen=True, kw_only=True):
+    """Which pairs of a source are taken: the ``share`` with the highest scores, or those with one ``above`` a number,
+    in nats per token of the answer. ``pmi``: scores that `potluck data score` wrote."""
+
+    pmi: Annotated[str, Meta(min_length=1)]
+    share: Annotated[float, Meta(gt=0, le=1)] | None = None
+    above: Annotated[float, Meta(ge=-1e3, le=1e3)] | None = None
+    max_ratio: Annotated[float, Meta(gt=0)] | None = None  # tokens of the answer for each of the question
+
+    def __post_init__(self) -> None:
+        if (self.share is None) == (self.above is None):
+            raise ConfigError("keep needs one of share and above", hint="`share: 0.9`, for instance, or `above: 0.0`.")
+
+
+class DecontaminateConfig(Section, frozen=True, kw_only=True):
+    """Training text that repeats ``ngram`` tokens of an evaluation text, as the recipe's tokenizer cuts both, is left
+    out, or only reported. ``against``: files of .jsonl, .json, .parquet, .txt and .md, folders of them, and data sets
+    of the hub as hf:NAME, hf:NAME:SPLIT or hf:NAME:SPLIT:SUBSET; of rows, every string is a text."""
+
+    against: Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(min_length=1, max_length=256)]
+    ngram: Annotated[int, Meta(ge=4, le=256)] = 13
+    action: Literal["drop", "report"] = "drop"
+
+
 class SourceConfig(Section, frozen=True, kw_only=True):
     """``loader`` reads, ``render`` makes sequences of what it reads (by default the loader's first).
 
@@ -85,6 +110,7 @@ class SourceConfig(Section, frozen=True, kw_only=True):
     min_classification: _Share = 0.3  # of ni_fewshot: share of sequences of tasks with ten answers at most
     drop_tasks: str = ""  # of ni_fewshot: a file of task names to leave out, one a line
     tasks: str = ""  # of ni_fewshot: a file of those to take, if not all
+    keep: KeepConfig | None = None  # of pairs, those whose question and answer fit
 
     @property
     def rendering(self) -> Render:
@@ -117,6 +143,7 @@ class Recipe(Section, frozen=True, kw_only=True):
     # Where workers find the shards before they ask the coordinator: what `potluck data build` writes to OUT/shards,
     # copied there by you.
     locations: Annotated[tuple[Location, ...], Meta(max_length=16)] = ()
+    decontaminate: DecontaminateConfig | None = None
 
     def __post_init__(self) -> None:
         for name, source in self.sources.items():
@@ -130,6 +157,11 @@ class Recipe(Section, frozen=True, kw_only=True):
                 raise ConfigError(
                     f"sources.{name}: {source.loader} cannot be rendered as {source.rendering}",
                     hint=f"Use render: {known}.",
+                )
+            if source.keep is not None and source.loader not in PAIRED:
+                raise ConfigError(
+                    f"sources.{name}.keep: {source.loader} has no questions and answers",
+                    hint=f"Only {', '.join(PAIRED)} can be kept by their scores.",
                 )
             if source.loader != "builtin" and not source.path:
                 raise ConfigError(f"sources.{name} has no path", hint="Name a file, a folder or a data set.")

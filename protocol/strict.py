@@ -39,6 +39,7 @@ def _convert(kind: type[T], raw: object, origin: str, path: str) -> T:
 def _explained(kind: Any, path: str, *, of_key: bool = False) -> str:
     """What the value at ``path``, or its keys, must be, where its type says more than its name."""
     for key in [*re.split(r"\.|(?=\[)", path), *(["[key]"] if of_key else [])]:
+        kind = _without_none(kind)
         while typing.get_origin(kind) is Annotated:
             kind = typing.get_args(kind)[0]
         if key.startswith("["):  # what a mapping or a list holds
@@ -57,7 +58,15 @@ def _explained(kind: Any, path: str, *, of_key: bool = False) -> str:
     return ""
 
 
+def _without_none(kind: Any) -> Any:
+    """X of X | None."""
+    inner = [one for one in typing.get_args(kind) if one is not type(None)]
+    return inner[0] if typing.get_origin(kind) in (typing.Union, types.UnionType) and len(inner) == 1 else kind
+
+
 def _check_keys(raw: object, kind: Any, origin: str, path: str) -> None:
+    if raw is not None:
+        kind = _without_none(kind)
     base, inner = typing.get_origin(kind), typing.get_args(kind)
     if base is dict and isinstance(raw, dict):
         for key, value in raw.items():

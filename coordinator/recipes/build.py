@@ -1,9 +1,10 @@
 """``potluck data build``: a recipe's sources into shards, and the manifest that describes them.
 
 A folder with a corpus has ``shards/``, ``tokenizer.json`` and ``tokenizer_config.json`` (as stock transformers loads
-them), ``recipe.json`` (what it was made of: the next call can reuse the work) and, last, ``manifest.json``. While it is
-made, ``.building/`` has what a build that was stopped needs to go on: the tokenizer, what is tokenized so far, and of
-every source that is done its part of the manifest. That takes as much room again as the shards of one source.
+them), ``recipe.json`` (what it was made of: the next call can reuse the work), reports of what was left out
+(left_out.py) and, last, ``manifest.json``. While it is made, ``.building/`` has what a build that was stopped needs to
+go on: the tokenizer, what is tokenized so far, and of every source that is done its part of the manifest. That takes as
+much room again as the shards of one source.
 
 The same recipe and texts give the same bytes, wherever a build was stopped in between.
 """
@@ -34,6 +35,7 @@ from ...protocol.manifest import (
 )
 from ...protocol.recipe import Recipe, SourceConfig
 from . import examples, texts, words
+from .left_out import LeftOut
 from .render import CHARS_A_TOKEN, Blocks, NiFewshot, P3Fewshot, Renderer
 from .rendered import Rows
 from .streams import Stream
@@ -41,7 +43,9 @@ from .streams import Stream
 Progress = Callable[[str, float], None]
 RECIPE_FILE = "recipe.json"
 BUILDING = ".building"
+_LEFT_OUT = "left_out.sha256"
 MIN_PLAIN_ROWS = 8
+_PARTS = (".tokens", ".documents", ".findings", ".train", ".heldout", ".examples")  # of a source that is being made
 _TOKENIZER_SHARE = 0.2  # of the progress
 
 
@@ -72,24 +76,31 @@ def build(work: Work, folder: Path, here: Path, say: Progress) -> Manifest:
                 write(folder / MANIFEST_FILE, found.encode())
             return found
         building = folder / BUILDING
-        if _read(building / RECIPE_FILE) != work.fingerprint:
+        left_out = LeftOut(recipe, here)
+        known = (_read(building / RECIPE_FILE), _read(building / _LEFT_OUT))
+        if known != (work.fingerprint, left_out.sha256.encode()):
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
             write(building / RECIPE_FILE, work.fingerprint)
+            write(building / _LEFT_OUT, left_out.sha256.encode())
         try:
-            manifest = _Build(work, folder, here, say).manifest()
+            manifest = _Build(work, folder, here, say, left_out).manifest()
         except ConfigError:
             shutil.rmtree(building, ignore_errors=True)
             raise
         write(building / MANIFEST_FILE, manifest.encode())
         failpoint("coordinator.corpus.rename")
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        for name, report in left_out.reports().items():
+            if report is None:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                write(folder / name, report)
         for name in (TOKENIZER_FILE, words.CONFIG_FILE, RECIPE_FILE, MANIFEST_FILE):
             os.replace(building / name, folder / name)
         shutil.rmtree(building, ignore_errors=True)
-        known = manifest.shards
         for path in (folder / SHARDS_FOLDER).iterdir():
-            if path.name not in known:
+            if path.name not in manifest.shards:
                 path.unlink()
     except OSError as error:
         hint = "Free some space there, or choose a folder that can be written."
@@ -149,8 +160,8 @@ def whole_shares(mix: dict[str, float]) -> dict[str, int]:
 class _Build:
     """One call's work."""
 
-    def __init__(self, work: Work, folder: Path, here: Path, say: Progress) -> None:
-        self.recipe, self.plain, self.here, self.say = work.recipe, work.plain, here, say
+    def __init__(self, work: Work, folder: Path, here: Path, say: Progress, left_out: LeftOut) -> None:
+        self.recipe, self.plain, self.here, self.say, self.left_out = work.recipe, work.plain, here, say, left_out
         self.shards, self.building = folder / SHARDS_FOLDER, folder / BUILDING
         self.stages = [
             Stage(
@@ -163,6 +174,8 @@ class _Build:
         ]
         self._texts: dict[str, texts.Texts] = {}
         self._renderers: dict[str, Renderer] = {}
+        self._tasks: dict[str, list[examples.Task]] = {}
+        self._blocks: dict[str, list[str]] = {}
 
     def manifest(self) -> Manifest:
         recipe = self.recipe
@@ -171,6 +184,9 @@ class _Build:
             words.make(recipe.tokenizer, self.building, self.here, recipe.seq_len, self._sample())
         self.words = words.load(self.building, recipe.tokenizer.vocab_size if recipe.tokenizer.kind == "folder" else 0)
         self._check_objectives()
+        self.left_out.begin(self.words)
+        if self.left_out.is_choosing:
+            self._renderers.clear()  # those that showed the tokenizer everything
         width = (recipe.seq_len + 1) * (2 if self.words.dtype == "uint16" else 4)
         self.rows_each = 1 << 48 if self.plain else max(1, int(recipe.shard_mb * 2**20) // width)
         sources = []
@@ -211,12 +227,14 @@ class _Build:
         done = self.building / f"{name}.done"
         if (data := _read(done)) is not None:
             source = msgspec.json.decode(data, type=Source)
-            if all((self.shards / shard.sha256).exists() for shard in (*source.train, *source.heldout)):
+            whole = all((self.shards / shard.sha256).exists() for shard in (*source.train, *source.heldout))
+            if whole and self.left_out.load(self.building, name):
                 return source
         source = self._text(name, config) if config.is_text else self._rendered(name, config)
+        self.left_out.save(self.building, name)
         write(done, msgspec.json.encode(source))
         for path in self.building.glob(f"{name}.*"):
-            if path != done and path.suffix in (".tokens", ".documents", ".train", ".heldout", ".examples"):
+            if path != done and path.suffix in _PARTS:
                 path.unlink()
         return source
 
@@ -229,7 +247,7 @@ class _Build:
         most += 0 if self.plain else 8 * recipe.seq_len
         if config.max_tokens:
             most = min(most or config.max_tokens, config.max_tokens)
-        stream = Stream(self.building, name, self.words, recipe.seed)
+        stream = Stream(self.building, name, self.words, recipe.seed, self.left_out.guard)
 
         def say(n_tokens: int, chars: int) -> None:
             share = n_tokens / most if most else chars / max(1, opened.n_chars)
@@ -238,6 +256,8 @@ class _Build:
                 self._say(f"{shown}: stopped at the limit of {config.max_tokens:,} tokens", share)
 
         stream.encode(opened.documents, most, say)
+        if self.left_out.guard:
+            self.left_out.documents(name, stream.seen())
         train, heldout = stream.cut(self.shards, recipe.seq_len, recipe.heldout_share, self.rows_each)
         rows = sum(shard.rows for shard in train)
         if rows < (MIN_PLAIN_ROWS if self.plain else 1) or not heldout:
@@ -339,9 +359,13 @@ class _Build:
         seed, share, chars = self.recipe.seed, self.recipe.heldout_share, CHARS_A_TOKEN * self.recipe.seq_len
         made: Renderer
         if config.rendering == "blocks":
-            made = Blocks(examples.blocks(config, self.here), name, seed=seed, share=share)
+            if name not in self._blocks:
+                self._blocks[name] = examples.blocks(config, self.here)
+            made = Blocks(self.left_out.blocks(name, self._blocks[name]), name, seed=seed, share=share)
         else:
-            found = examples.tasks(config, self.here, seed)
+            if name not in self._tasks:
+                self._tasks[name] = examples.tasks(config, self.here, seed)
+            found = self.left_out.tasks(name, config, self._tasks[name])
             if config.rendering == "ni_fewshot":
                 classify = config.min_classification
                 made = NiFewshot(found, name, seed=seed, share=share, chars=chars, classify=classify)

@@ -3,6 +3,9 @@
 First every document is tokenized and appended to one file, its hash and size to another. Then the documents with the
 smallest hashes are held out, and both parts are cut into rows. A build that goes on compares the hashes of the
 documents that it skips, and begins the text anew where they differ.
+
+What a guard takes out of a document is not written; its pieces have one entry, so they are held out together. A
+document of which nothing is left has an entry of size 0.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from numpy.typing import NDArray
 
 from ...protocol.failpoints import failpoint
 from ...protocol.manifest import Shard
+from .guard import Guard, Seen
+from .left_out import Findings
 from .shards import ShardWriter, windows
 from .words import Words
 
@@ -27,11 +32,12 @@ _SOME_ROWS = 4096  # written at a time
 
 
 class Stream:
-    """The tokens of one text in ``folder``, as far as they are made."""
+    """The tokens of one text in ``folder``, as far as they are made; without what ``guard`` takes out."""
 
-    def __init__(self, folder: Path, name: str, words: Words, seed: int) -> None:
+    def __init__(self, folder: Path, name: str, words: Words, seed: int, guard: Guard | None = None) -> None:
         self._tokens, self._documents = folder / f"{name}.tokens", folder / f"{name}.documents"
-        self._words, self._seed = words, seed
+        self._findings = Findings(folder / f"{name}.findings")
+        self._words, self._seed, self._guard = words, seed, guard
         self._dtype = np.dtype(words.dtype).newbyteorder("<")
 
     def encode(self, documents: Callable[[], Iterator[str]], most: int, say: Callable[[int, int], None]) -> None:
@@ -45,21 +51,34 @@ class Stream:
                 index = index[:0]
                 texts = (text for text in documents() if text.strip())
                 break
-        n_tokens = int(index["size"].sum())
+        n_tokens, number = int(index["size"].sum()), len(index)
+        self._findings.reopen(number)
         os.truncate(self._documents, len(index) * KEY.itemsize)
         os.truncate(self._tokens, n_tokens * self._dtype.itemsize)
         chars = 0
         with self._tokens.open("ab") as tokens, self._documents.open("ab") as entries:
             while (not most or n_tokens < most) and (batch := list(islice(texts, BATCH_DOCUMENTS))):
                 for text, ids in zip(batch, self._words.encode(batch), strict=True):
+                    if most and n_tokens >= most:  # not at the batch's end: where batches begin is chance
+                        break
                     failpoint("coordinator.corpus.write")
-                    tokens.write(np.array([*ids, self._words.special.eos], dtype=self._dtype).tobytes())
+                    pieces, finding = self._guard.document(number, ids) if self._guard else ([ids], None)
+                    if finding:
+                        self._findings.add(finding)
+                    left = [token for piece in pieces for token in (*piece, self._words.special.eos)]
+                    tokens.write(np.array(left, dtype=self._dtype).tobytes())
                     tokens.flush()  # before its entry, which says that it is there
-                    entries.write(np.array((self._key(text), len(ids) + 1), dtype=KEY).tobytes())
-                    n_tokens += len(ids) + 1
+                    entries.write(np.array((self._key(text), len(left)), dtype=KEY).tobytes())
+                    n_tokens, number = n_tokens + len(left), number + 1
                     chars += len(text)
                 entries.flush()
                 say(n_tokens, chars)
+
+    def seen(self) -> Seen:
+        """What the guard found in all documents; tokens are with the ends of text."""
+        index, findings = self._whole(), self._findings.all()
+        tokens = int(index["size"].sum()) + sum(finding.dropped for finding in findings)
+        return Seen(len(index), tokens, findings)
 
     def cut(
         self, shards: Path, seq_len: int, heldout_share: float, rows_each: int
