@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from .protocol.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
     from .worker.evaluation.report import Evaluation, TaskScore
+    from .worker.evaluation.run import Plan
+
+LOOK_SECONDS = 5.0  # between two looks at a run that is watched
 
 
 @click.command("eval", context_settings=CONTEXT)
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(64), default=2048, show_default=True, help="Longest sequence.")
 @click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu or cuda.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences at once.")
+@click.option("--watch", type=click.Path(path_type=Path), help="Evaluate what this run publishes, as it does.")
 @click.option("--json", "to", type=click.Path(dir_okay=False, path_type=Path), help="File for all numbers.")
 @click.option("--fetch-assets", type=click.Path(file_okay=False, path_type=Path), help="Download the offline texts.")
 @click.option(
@@ -43,19 +48,26 @@ def eval_command(model: Path | None, **options: Any) -> None:
     Fetch the offline texts once:  potluck eval --fetch-assets texts
     Score a model:                 potluck eval MODEL --data texts --json a.json
     What another changes:          potluck eval --compare a.json b.json
+    Every model that a run makes:  potluck eval --watch RUN --data texts
 
     Every score has the number of rows and a 95 % interval, and beside it what the commonest label and a linear model
     (TF-IDF, logistic regression) on the same training rows score.
+
+    The result of a published step of a run (RUN/checkpoints/step-...) is also written into its folder, from which the
+    run's coordinator takes it into the run's history and onto the page. RUN is the coordinator's --data-dir.
     """
-    ways = [bool(model), bool(options["fetch_assets"]), bool(options["compare"])]
+    ways = [bool(model), bool(options["fetch_assets"]), bool(options["compare"]), bool(options["watch"])]
     if sum(ways) != 1:
         raise ConfigError(
-            "name a MODEL, or --fetch-assets DIR, or --compare A.json B.json", hint="See potluck eval --help."
+            "name a MODEL, or --watch RUN, or --fetch-assets DIR, or --compare A.json B.json",
+            hint="See potluck eval --help.",
         )
     if options["fetch_assets"]:
         _fetch(options["fetch_assets"])
     elif options["compare"]:
         _compare(*options["compare"])
+    elif options["watch"]:
+        _watch(options["watch"], options)
     elif model:
         _evaluate(model, options)
 
@@ -90,8 +102,8 @@ def _compare(first: Path, second: Path) -> None:
         click.echo(f"made with other settings: {', '.join(changed)}")
 
 
-def _evaluate(model: Path, options: dict[str, Any]) -> None:
-    from .worker.evaluation.run import Plan, evaluate
+def _plan(model: Path, options: dict[str, Any]) -> Plan:
+    from .worker.evaluation.run import Plan
 
     texts = []
     for text in options["texts"]:
@@ -99,19 +111,78 @@ def _evaluate(model: Path, options: dict[str, Any]) -> None:
         if not (name and equals and file):
             raise ConfigError(f"--text {text}", hint="Write --text NAME=FILE.")
         texts.append((name, Path(file)))
+    names = ("suite", "data", "include", "limit", "shots", "max_tokens", "device", "batch_size")
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Plan(model=model, texts=tuple(texts), date=date, **{name: options[name] for name in names})
+
+
+def _evaluate(model: Path, options: dict[str, Any]) -> None:
+    from msgspec.structs import replace
+
+    from .worker.evaluation.checkpoints import checkpoint, keep
+    from .worker.evaluation.run import evaluate
+
+    plan = _plan(model, options)
     to: Path | None = options["to"]
     if to and not to.parent.is_dir():
         raise ConfigError(f"{to.parent} is no folder", hint="Make it, or write --json elsewhere.")
-    names = ("suite", "data", "include", "limit", "shots", "max_tokens", "device", "batch_size")
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    plan = Plan(model=model, texts=tuple(texts), date=date, **{name: options[name] for name in names})
-    found = evaluate(plan, lambda line: click.echo(line, err=True))
+    at = checkpoint(model)
+    found = evaluate(plan, _progress)
+    if at:
+        found = replace(found, step=at.step)
     if to:
         try:
             to.write_bytes(found.encode())
         except OSError as error:
             raise StateError(f"cannot write {to}: {error.strerror}", hint="Write --json elsewhere.") from error
     _show(found)
+    if at:
+        click.echo(f"written for the run's history, step {at.step}: {keep(found, at)}")
+
+
+def _watch(run: Path, options: dict[str, Any]) -> None:
+    from .coordinator import snapshot
+    from .protocol.evaluation import CHECKPOINTS
+    from .worker.evaluation.checkpoints import Watch
+    from .worker.evaluation.run import check, evaluate
+
+    if options["to"]:
+        raise ConfigError("--json is of one model", hint="Leave it out: each checkpoint gets a file of its own.")
+    file = run / snapshot.FILE
+    if not (file.exists() or (run / CHECKPOINTS).is_dir()):
+        hint = "Name its coordinator's --data-dir; that of a demo is its folder `coordinator`."
+        raise ConfigError(f"{run} holds no run", hint=hint)
+    check(_plan(run, options))
+
+    said: set[str] = set()
+
+    def finished() -> bool:
+        try:
+            return snapshot.finished(file)
+        except StateError as error:
+            if str(error) not in said:
+                said.add(str(error))
+                click.echo(f"cannot see whether the run is finished: {error}")
+            return False
+
+    click.echo(f"Watching {run}, suite {options['suite']}. Ctrl-C ends this; the same command goes on.")
+    watch = Watch(
+        run,
+        options["suite"],
+        lambda folder: evaluate(_plan(folder, options), _progress),
+        finished=finished,
+        say=click.echo,
+    )
+    how = "The run is finished"
+    try:
+        watch.until_finished(lambda: time.sleep(LOOK_SECONDS))
+    except KeyboardInterrupt:
+        how = "Ended"
+    click.echo(f"{how}: {watch.evaluated} checkpoint{'' if watch.evaluated == 1 else 's'} evaluated.")
+
+
+def _progress(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _show(found: Evaluation) -> None:

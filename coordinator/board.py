@@ -16,6 +16,7 @@ from ..protocol.frames import Purpose
 from ..protocol.identity import PEER_ID_LENGTH
 from ..protocol.plan import Shape
 from .clock import Clock
+from .scores import Scores
 from .state import Commit, Journal, Point, Rules, RunState, Said
 from .store import Store
 
@@ -94,6 +95,7 @@ class Board:
             (round_row(*row) for row in reversed(rounds)),
             maxlen=30,
         )
+        self._scores = Scores.read(store)
         first = store.rows("SELECT MIN(time) FROM events")
         self._started = first[0][0] or self.clock()
         for peer, session, purpose, direction, nbytes, dense in store.rows("SELECT * FROM traffic"):
@@ -144,6 +146,7 @@ class Board:
             if isinstance(command, Journal):
                 last = self._events[-1]["id"] if self._events else 0
                 event = command.event
+                self._scores.take(last + 1, now, event)
                 self._events.append({"id": last + 1, "time": now, "kind": event.kind, "text": event.text})
             elif isinstance(command, Point):
                 last = self._points[-1]["id"] if self._points else 0
@@ -177,6 +180,9 @@ class Board:
         self._waking = asyncio.get_running_loop().create_task(wake())
 
     # What the page asks.
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return self._scores.rows()
 
     def points(self, after: int) -> list[dict[str, Any]]:
         low, high = 0, len(self._points)
@@ -253,6 +259,7 @@ class Board:
             "rounds": list(reversed(self._rounds)),
             "events": list(reversed(self._events))[:40],
             "published": self.published,
+            "evaluations": self._scores.version,
         }
 
     def _peer(self, peer: str) -> dict[str, Any]:

@@ -11,8 +11,11 @@ import yaml
 
 from ..protocol.architecture import TITLES
 from ..protocol.config import RunConfig
+from ..protocol.evaluation import Score
 from ..protocol.manifest import Manifest
 from ..protocol.plan import Shape
+from .events import Evaluated
+from .scores import Scores
 from .store import Store
 
 UNKNOWN = "unknown"
@@ -31,7 +34,8 @@ class Contributor:
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What a run can say of itself. ``traffic``: bytes sent by all machines together, by purpose. ``digests``: SHA-256
-    of each stage's fp32 weights as the last committed round has them, in hex."""
+    of each stage's fp32 weights as the last committed round has them, in hex. ``evaluation``: of the newest model of
+    this run that somebody evaluated, which is an earlier one."""
 
     run: str = ""
     base: str = ""  # the checkpoint that it began from, with its license
@@ -41,6 +45,7 @@ class Facts:
     contributors: Sequence[Contributor] = ()
     traffic: Mapping[str, int] | None = None
     digests: Sequence[str] = ()
+    evaluation: Evaluated | None = None
 
 
 OBJECTIVES = {
@@ -76,6 +81,7 @@ def gathered(store: Store, seq_len: int, run: str) -> Facts:
         ],
         traffic=dict(store.rows(purposes)),
         digests=json.loads(digests),
+        evaluation=Scores.read(store).newest(before=step),
     )
 
 
@@ -120,6 +126,8 @@ def model_card(config: RunConfig, manifest: Manifest, facts: Facts) -> str:
             "A prompt is seen whole (`is_causal: false` in `config.json`). To score a text, give the model an explicit"
             " mask: without one, what is to be predicted is seen, too.",
         ]
+    if facts.evaluation:
+        lines += evaluated(facts.evaluation)
     if facts.contributors:
         lines += ["", "## Contributors", "", "| name | id | samples read | sent, MB |", "| --- | --- | ---: | ---: |"]
         lines += [
@@ -144,6 +152,33 @@ def model_card(config: RunConfig, manifest: Manifest, facts: Facts) -> str:
         lines += ["", "## Weights", "", f"SHA-256 of each stage's fp32 weights after step {facts.step:,}:", ""]
         lines += [f"- stage {i}: `{plain(digest)}`" for i, digest in enumerate(facts.digests)]
     return "\n".join(lines) + "\n"
+
+
+def evaluated(found: Evaluated) -> list[str]:
+    """A section on an evaluation."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    def line(name: str, metric: str, score: Score, *baselines: float | None) -> str:
+        interval = f"{score.low:.3f} … {score.high:.3f}"
+        cells = [plain(name), plain(metric), number(score.value), interval, f"{score.n:,}", *map(number, baselines)]
+        return f"| {' | '.join(cells)} |"
+
+    lines = [
+        *("", "## Evaluation", ""),
+        f"Of this run's model of step {found.step:,}, suite {code(found.suite)}, with 95 % intervals over n rows. Beside it:"
+        " what the commonest label and a linear model (TF-IDF) score on the same rows.",
+        *("", "| task | metric | score | interval | n | majority | TF-IDF |"),
+        "| --- | --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for task in found.tasks:
+        if task.score:
+            metric = task.metric + (" (lower is better)" if task.lower_is_better else "")
+            lines.append(line(task.name, metric, task.score, task.majority, task.tfidf))
+    if found.mean:
+        lines.append(line("mean", "macro-f1", found.mean, None, None))
+    return lines
 
 
 def plain(text: str) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from ..protocol.evaluation import Score, TaskSummary
+
 
 class Event(Struct, frozen=True, kw_only=True, tag=True):
     """Base: ``text`` is the line that a person reads."""
@@ -262,6 +264,45 @@ class PublishFailed(Event, frozen=True, kw_only=True):
     def text(self) -> str:
         later = "tried again until it is" if self.again else "the next one will be tried"
         return f"Model of step {self.step} is not published ({self.why}); {later}"
+
+
+class Evaluated(Event, frozen=True, kw_only=True):
+    """A file with what a published model can do has come into its folder. ``mean``: of the classification tasks'
+    scores, with its interval; None where there are none."""
+
+    step: int
+    suite: str
+    mean: Score | None = None
+    tasks: tuple[TaskSummary, ...]
+    digest: str  # SHA-256 of the file, in hex
+
+    @property
+    def headline(self) -> tuple[str, Score] | None:
+        """The mean, or else the first score that there is, and what it is of."""
+        if self.mean:
+            return "mean macro-f1", self.mean
+        return next(((f"{task.name} {task.metric}", task.score) for task in self.tasks if task.score), None)
+
+    @property
+    def text(self) -> str:
+        what = f"Model of step {self.step} evaluated, {self.suite[:60]}"
+        if not (head := self.headline):
+            return f"{what}: no task has a score"
+        label, score = head
+        return f"{what}: {label} {score.value:.3f} ({score.low:.3f} … {score.high:.3f})"
+
+
+class EvaluationIgnored(Event, frozen=True, kw_only=True):
+    """A file that should be an evaluation is none. ``digest``: what it is told by until it changes."""
+
+    step: int
+    file: str
+    why: str
+    digest: str
+
+    @property
+    def text(self) -> str:
+        return f"Warning: {self.file} of step {self.step} is left out: {self.why}"
 
 
 class StoodStill(Event, frozen=True, kw_only=True):

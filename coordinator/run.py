@@ -33,6 +33,7 @@ from .state import (
     Joined,
     Lease,
     Mark,
+    Noted,
     Remember,
     ReturnLeases,
     Rules,
@@ -69,6 +70,8 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
             turn.uploaded(at, path)
         case Unpublished(step=at, why=why):
             turn.unpublished(at, why)
+        case Noted(event=event):
+            turn.journal(event)
     turn.advance()
     return turn.state, turn.commands
 

@@ -19,6 +19,7 @@ import msgspec
 from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.errors import ConfigError, IdentityError, StateError
+from ..protocol.evaluation import CHECKPOINTS
 from ..protocol.identity import lock
 from ..protocol.manifest import SHARDS_FOLDER, Manifest
 from ..protocol.multiaddr import check_relay
@@ -34,12 +35,13 @@ from .assignment import StageNeed
 from .board import Board
 from .card import Facts, gathered
 from .doors import Doors
+from .evaluations import Evaluations, recorded
 from .events import RunOpened
 from .hub import Hub
 from .publish import Publisher
 from .relay import Relay
 from .resume import resumed
-from .state import Division, Journal, Mark, Rules, RunState, Unpublished, Uploaded
+from .state import Division, Journal, Mark, Noted, Rules, RunState, Unpublished, Uploaded
 from .store import Store
 from .weights import Span, open_checkpoint, shaped
 
@@ -149,7 +151,7 @@ async def _running(
         found: Facts = await hub.read(gathered, store, config.model.seq_len, run_id)
         return replace(found, base=f"{weights.source} (license: {weights.license})") if weights else found
 
-    publisher = Publisher(data_dir / "checkpoints", folder, config, manifest, published, card=facts)
+    publisher = Publisher(data_dir / CHECKPOINTS, folder, config, manifest, published, card=facts)
     doors = Doors(
         hub,
         run_id=run_id,
@@ -207,7 +209,11 @@ async def _running(
             await publisher.resume(state.publish, state.plan.generation, state.plan.layers)
         except StateError as error:
             hub.put(Unpublished(step=state.publish, why=str(error)))
+    evaluations = Evaluations(data_dir / CHECKPOINTS, await hub.read(recorded, store))
+    for event in await asyncio.to_thread(evaluations.look):  # that came while nobody looked
+        hub.put(Noted(event))
     await hub.start()
+    following = asyncio.create_task(evaluations.follow(hub.put), name="evaluations")
     ticket = Ticket(
         url=address,
         fingerprint=certificate.fingerprint,
@@ -224,6 +230,7 @@ async def _running(
             address=address,
         )
     finally:
+        following.cancel()
         with contextlib.suppress(Exception):
             await page.close()
         for line in list(hub.lines.values()):
@@ -270,7 +277,7 @@ def open_run(
     rounds = store.rows("SELECT COALESCE(MAX(round), 0) FROM ledger")[0][0]  # lost ones, too: no number is used twice
     evaluated = store.rows("SELECT COALESCE(MAX(step), -1) FROM points WHERE heldout IS NOT NULL")[0][0]
     committed = marks[0] if marks else Mark(kind="init", generation=0, step=0, sample=0)
-    published = sorted((store.path.parent / "checkpoints").glob("step-" + "[0-9]" * 8))
+    published = sorted((store.path.parent / CHECKPOINTS).glob("step-" + "[0-9]" * 8))
     state = RunState(
         since=time.time(),
         generation=store.meta("generation", 0),

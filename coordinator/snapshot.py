@@ -83,6 +83,12 @@ class Snapshot:
             except msgspec.ValidationError as error:
                 yield row[0], named(str(error), names)
 
+    def newest_of(self, *kinds: str) -> str | None:
+        """The kind of the newest event that is one of ``kinds``."""
+        marks = ", ".join("?" * len(kinds))
+        rows = self._db.execute(f"SELECT kind FROM events WHERE kind IN ({marks}) ORDER BY id DESC LIMIT 1", kinds)
+        return next((kind for (kind,) in rows), None)
+
     def last_id(self, table: str) -> int | None:
         """The highest id ever given in a table; None if the file is older than this being kept."""
         if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchall():
@@ -109,12 +115,22 @@ def named(text: str, names: tuple[str, ...]) -> str:
     return f"{names[int(number)]}: {what}" if number.isdigit() else what
 
 
-def look(path: Path, read: Callable[[Snapshot], T]) -> T:
-    """What ``read`` finds in the run's file at one moment. Raises ``StateError`` if it is none, or damaged."""
+def finished(path: Path) -> bool:
+    """Whether the run has done all its steps and published the last model, as its file says now."""
+
+    def read(snapshot: Snapshot) -> bool:
+        return snapshot.newest_of("PlanIssued", "Finished") == "Finished"  # with more steps it goes on by a plan
+
+    return look(path, read, whole=False)
+
+
+def look(path: Path, read: Callable[[Snapshot], T], *, whole: bool = True) -> T:
+    """What ``read`` finds in the run's file at one moment. Raises ``StateError`` if it is none, or damaged; without
+    ``whole``, only if what ``read`` reads of it is."""
     for _ in range(ATTEMPTS):
         before = stamp(path)
         try:
-            found = _look(path, logged=before[0], read=read)
+            found = _look(path, logged=before[0], read=read, whole=whole)
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite's own words quote damaged bytes
             if before[0] or stamp(path) == before:
                 known = error if isinstance(error, sqlite3.Error) else sqlite3.DatabaseError("its schema is not text")
@@ -125,7 +141,7 @@ def look(path: Path, read: Callable[[Snapshot], T]) -> T:
     raise StateError(f"{path} changes all the time", hint="Try again once its coordinator is up.")
 
 
-def _look(path: Path, *, logged: bool, read: Callable[[Snapshot], T]) -> T:
+def _look(path: Path, *, logged: bool, read: Callable[[Snapshot], T], whole: bool) -> T:
     how = "mode=ro" if logged else "mode=ro&immutable=1"
     address = f"{path.resolve().as_uri()}?{how}"
     with closing(sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as db:
@@ -136,6 +152,8 @@ def _look(path: Path, *, logged: bool, read: Callable[[Snapshot], T]) -> T:
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if missing := {"ledger", "rounds", "events", "meta"} - tables:
             raise StateError(f"{path} is not a run's file: it has no table {min(missing)}", hint=HINT, code="foreign")
+        if not whole:
+            return read(Snapshot(path, db))
         [(health,), *_] = db.execute("PRAGMA integrity_check(1)").fetchall() or [("no answer",)]
         if health != "ok":
             raise refused(path, sqlite3.DatabaseError(str(health)))

@@ -252,7 +252,14 @@ class Unpublished:
     why: str
 
 
-Input = Joined | Gone | Said | Tick | StopAsked | Uploaded | Unpublished
+@dataclass(frozen=True)
+class Noted:
+    """Something to be written down that decides nothing."""
+
+    event: Event
+
+
+Input = Joined | Gone | Said | Tick | StopAsked | Uploaded | Unpublished | Noted
 
 # What to do about it. The shell carries these out in order, on disk first; views follow from the state alone.
 

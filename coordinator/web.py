@@ -57,6 +57,9 @@ class Source(Protocol):
     def points(self, after: int) -> list[dict[str, Any]]:
         """Points of the loss curve whose id is above ``after``, in order."""
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What published models scored; the state's ``evaluations`` differs whenever this does."""
+
     async def changed(self, version: int) -> int:
         """Return the new version as soon as it differs from ``version``."""
 
@@ -91,6 +94,9 @@ def app(source: Source) -> Starlette:
     async def state(request: Request) -> Response:
         return _json(source.state())
 
+    async def evaluations(request: Request) -> Response:
+        return _json(source.evaluations())
+
     def wanted(request: Request) -> list[dict[str, Any]]:
         return source.points(_after(request.query_params.get("after")))
 
@@ -118,6 +124,7 @@ def app(source: Source) -> Starlette:
     routes = [
         *(Route("/", index), Route("/healthz", healthz)),
         Route("/api/state", state),
+        Route("/api/evaluations", evaluations),
         Route("/api/points", points),
         Route("/api/points.csv", points_csv),
         Route("/api/events", events),

@@ -2,6 +2,7 @@
 
 import { LossChart } from "./chart.js";
 import { $, attribute, text } from "./dom.js";
+import { showEvaluations } from "./evaluations.js";
 import { elapsed, isNumber } from "./format.js";
 import { ENDED, showState, showTimes } from "./view.js";
 
@@ -10,7 +11,7 @@ const SILENCE = 25_000;
 const REOPEN = 2_000;
 
 const chart = new LossChart();
-const page = { state: null, stream: null, receivedAt: 0, heardAt: 0, lastPoint: -1, isLost: false, isDrawing: false };
+const page = { state: null, evaluations: 0, isAsking: false, stream: null, receivedAt: 0, heardAt: 0, lastPoint: -1, isLost: false, isDrawing: false };
 
 function connect() {
   page.stream?.close();
@@ -45,10 +46,31 @@ function receiveState(state) {
   page.receivedAt = performance.now();
   if (isOtherRun) {
     page.lastPoint = -1;
+    page.evaluations = -1;
     chart.clear();
     connect();
   }
+  askEvaluations();
   draw();
+}
+
+// They are long and seldom change, so the state carries only what tells that they did.
+async function askEvaluations() {
+  const wanted = page.state.evaluations ?? 0;
+  if (wanted === page.evaluations || page.isAsking) return;
+  page.isAsking = true;
+  try {
+    const answer = await fetch("api/evaluations");
+    if (!answer.ok) return;
+    const rows = await answer.json();
+    page.evaluations = wanted;
+    showEvaluations(rows);
+    chart.mark(rows);
+  } catch {
+    // The next state asks again.
+  } finally {
+    page.isAsking = false;
+  }
 }
 
 function heard() {

@@ -12,6 +12,7 @@ export class LossChart {
     this.canvas = $("canvas");
     this.known = new Map();
     this.points = [];
+    this.evaluated = new Set();
     this.cursor = -1;
     this.tip = $("tip");
     this.pending = false;
@@ -38,6 +39,12 @@ export class LossChart {
       this.known.set(point.step, { ...this.known.get(point.step), ...Object.fromEntries(said) });
     }
     this.prepare();
+  }
+
+  // Steps whose published model somebody evaluated.
+  mark(rows) {
+    this.evaluated = new Set(rows.map((row) => row.step).filter(isNumber));
+    this.refresh();
   }
 
   // The latest training loss, as the summary shows it.
@@ -100,6 +107,7 @@ export class LossChart {
     const held = xs.map((x, i) => [x, this.held[i]]).filter(([, value]) => value !== null);
     this.line(pen, held, to, color("held"), 1.5);
     if (held.length <= to.width / 12) held.forEach(([x, value]) => this.dot(pen, x, to.y(value), color("held"), color("card")));
+    this.diamonds(pen, to, color("evaluated"));
     if (this.cursor >= 0) this.crosshair(pen, to, color);
     this.showTip(this.reading()); // drawn again after a resize, it must find its place again too
     this.describe();
@@ -153,6 +161,18 @@ export class LossChart {
     pen.stroke();
   }
 
+  diamonds(pen, to, color) {
+    const y = to.height - MARGIN.bottom;
+    pen.fillStyle = color;
+    for (const step of this.evaluated) {
+      const x = to.x(step);
+      if (x < MARGIN.left - 5 || x > to.width) continue;
+      pen.beginPath();
+      [[x, y - 5], [x + 5, y], [x, y + 5], [x - 5, y]].forEach(([a, b], i) => (i ? pen.lineTo(a, b) : pen.moveTo(a, b)));
+      pen.fill();
+    }
+  }
+
   // What is known at the cursor: the training loss there, and the last held-out loss up to there.
   reading() {
     const point = this.points[this.cursor];
@@ -203,6 +223,7 @@ export class LossChart {
     const rows = [el("p", "when", `Step ${whole(point.step)}, ${clock(point.time)}`)];
     if (raw !== null) rows.push(row("raw", "training", loss(raw)), row("train", "smoothed", loss(soft)));
     if (seen >= 0) rows.push(row("held", held, loss(this.held[seen])));
+    if (this.evaluated.has(point.step)) rows.push(row("evaluated", "evaluated", "see below"));
     if (isNumber(point.tokens)) rows.push(row("", "tokens", count(point.tokens)));
     this.tip.replaceChildren(...rows);
     const x = this.to.x(point.step);

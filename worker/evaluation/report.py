@@ -8,19 +8,11 @@ import msgspec
 import numpy as np
 
 from ...protocol.errors import StateError
+from ...protocol.evaluation import FORMAT, Score, Summary, TaskSummary
 from . import statistics
 
-FORMAT = 1
+__all__ = ["Difference", "Evaluation", "Guess", "Score", "TaskScore", "compare", "read"]
 _MOST_BYTES = 1 << 28
-
-
-class Score(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A number with its 95 % bootstrap interval over ``n`` rows."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 class Guess(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -33,20 +25,15 @@ class Guess(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     guess_per_byte: int
 
 
-class TaskScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of the table. ``metric``: macro-f1, bits-per-byte, prefix-gain, or lm-eval's name for it.
+class TaskScore(TaskSummary, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of the table, and what it was made from.
 
     A classification task has ``labels``, ``rows`` and the baselines; ``score_per_byte`` is the same with labels chosen
-    by log-probability per byte. ``skipped`` says why there is no score. ``shots``: fewest and most examples shown;
-    ``cut``: prompts that lost text. ``values``: per row, where rows are numbers. ``weights``: what each counts for.
+    by log-probability per byte. ``shots``: fewest and most examples shown; ``cut``: prompts that lost text. ``values``:
+    per row, where rows are numbers. ``weights``: what each counts for.
     """
 
-    name: str
-    metric: str
-    score: Score | None = None
     score_per_byte: Score | None = None
-    majority: float | None = None
-    tfidf: float | None = None
     labels: tuple[str, ...] = ()
     train_rows: int = 0
     shots: tuple[int, int] = (0, 0)
@@ -55,27 +42,27 @@ class TaskScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ids: tuple[str, ...] = ()
     values: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
-    lower_is_better: bool = False
-    skipped: str = ""
     note: str = ""
 
 
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Evaluation(Summary, frozen=True, kw_only=True, omit_defaults=True):
     """One model, one suite. ``date`` is what the caller says (ISO 8601), ``versions`` of the packages that took part,
-    ``settings`` whatever changes a score. ``mean``: of the classification tasks' scores."""
+    ``settings`` whatever changes a score."""
 
-    format: int = FORMAT
     model: str
     is_prefix: bool
-    suite: str
     date: str
     versions: dict[str, str]
     settings: dict[str, str | int | float | bool | None]
     tasks: tuple[TaskScore, ...]
-    mean: Score | None = None
 
     def encode(self) -> bytes:
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+
+    def without_rows(self) -> Evaluation:
+        """The scores alone: such a result can be compared, but without intervals of the differences."""
+        tasks = (msgspec.structs.replace(t, rows=(), ids=(), values=(), weights=()) for t in self.tasks)
+        return msgspec.structs.replace(self, tasks=tuple(tasks))
 
 
 def read(path: Path) -> Evaluation:

@@ -37,6 +37,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     date: str = ""
 
 
+def check(plan: Plan) -> None:
+    """Raises what :func:`evaluate` would, if its texts, its suite or a package is not there: before any model is."""
+    for name, path in plan.texts:
+        texts.read(name, path, plan.limit)
+    if _tasks(plan)[0]:
+        baselines.require()
+    if plan.suite.startswith(LM_EVAL):
+        from . import harness  # noqa: F401
+
+
 def evaluate(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Evaluation:
     """Runs ``plan``. What is left out is in the result, with the reason."""
     sources = [texts.read(name, path, plan.limit) for name, path in plan.texts]
