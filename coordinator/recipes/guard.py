@@ -30,19 +30,17 @@ SHORT = 512  # tokens of a document that is left out whole
 MARGIN = 50  # tokens beside an overlap
 REMAINS = 50  # tokens that are worth keeping
 MAX_PIECES = 10
-_SHOWN = 48  # tokens of an overlap in a report
 _BATCH = 1024  # texts that are tokenized together
 
 
 class Finding(msgspec.Struct, frozen=True, array_like=True):
-    """Document or example ``number`` of a source, from 0, of ``size`` tokens, repeats ``texts`` (places in the list of
-    evaluation texts); ``dropped`` tokens are left out for it. ``excerpt``: how the first overlap begins."""
+    """Document or example ``number`` of a source, from 0, of ``size`` tokens, repeats ``texts``: places in the list of
+    evaluation texts, each with the first n-gram of it. ``dropped`` tokens are left out for it."""
 
     number: int
     size: int
     dropped: int
-    texts: tuple[int, ...]
-    excerpt: str
+    texts: tuple[tuple[int, str], ...]
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -55,8 +53,7 @@ class Seen(msgspec.Struct, frozen=True):
 
 class _Hit(NamedTuple):
     overlaps: list[tuple[int, int]]  # start and length, ascending
-    texts: tuple[int, ...]
-    excerpt: str
+    texts: tuple[tuple[int, str], ...]
 
 
 class Guard:
@@ -88,7 +85,7 @@ class Guard:
         if hit is None:
             return [ids], None
         pieces = remains(ids, hit.overlaps) if self._is_dropping else [ids]
-        return pieces, Finding(number, len(ids), len(ids) - sum(map(len, pieces)), hit.texts, hit.excerpt)
+        return pieces, Finding(number, len(ids), len(ids) - sum(map(len, pieces)), hit.texts)
 
     def tasks(self, tasks: list[Task]) -> tuple[list[Task], Seen]:
         """Without the examples that have an overlap: in the prompt, in an answer, or across both. A task whose
@@ -123,7 +120,7 @@ class Guard:
                 hit = next(known) or next((found for ids in tokens if (found := self._hit(ids))), None)
                 if hit is not None:
                     dropped = len(tokens[0]) if self._is_dropping else 0
-                    findings.append(Finding(len(is_left), len(tokens[0]), dropped, hit.texts, hit.excerpt))
+                    findings.append(Finding(len(is_left), len(tokens[0]), dropped, hit.texts))
                 is_left.append(hit is None or not self._is_dropping)
                 n_tokens += len(tokens[0])
         return is_left, Seen(len(is_left), n_tokens, tuple(findings))
@@ -133,13 +130,14 @@ class Guard:
         starts = self._protected.matches(tokens)
         if not len(starts):
             return None
-        owners: set[int] = set()
+        first: dict[int, int] = {}  # text to where it begins
         for start in starts.tolist():
-            owners |= self._protected.owners(tokens[start : start + self._n])
-        overlaps = merged(starts, self._n)
-        begin, length = overlaps[0]
-        excerpt = self._words.tokenizer.decode(ids[begin : begin + min(length, _SHOWN)], skip_special_tokens=False)
-        return _Hit(overlaps, tuple(sorted({owner % len(self.texts) for owner in owners})), excerpt)
+            for owner in self._protected.owners(tokens[start : start + self._n]):
+                first.setdefault(owner % len(self.texts), start)
+        excerpts = self._words.tokenizer.decode_batch(
+            [ids[start : start + self._n] for _, start in sorted(first.items())], skip_special_tokens=False
+        )
+        return _Hit(merged(starts, self._n), tuple(zip(sorted(first), excerpts, strict=True)))
 
 
 def remains(ids: list[int], overlaps: Sequence[tuple[int, int]]) -> list[list[int]]:

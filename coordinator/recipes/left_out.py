@@ -116,12 +116,12 @@ class LeftOut:
         found: set[int] = set()
         for name, seen in self._seen.items():
             for finding in seen.findings:
-                for place in finding.texts:
+                for place, excerpt in finding.texts:
                     file = files[self._texts[place].file]
                     file["found"] += place not in found
                     if place not in found and len(file["examples"]) < _PLACES:
                         where = {"text": self._texts[place].where, "source": name, "number": finding.number}
-                        file["examples"].append(where | {"excerpt": finding.excerpt})
+                        file["examples"].append(where | {"excerpt": excerpt})
                     found.add(place)
         return {
             "ngram": config.ngram,
