@@ -167,8 +167,8 @@ def evaluated(found: Evaluated) -> list[str]:
 
     lines = [
         *("", "## Evaluation", ""),
-        f"Of this run's model of step {found.step:,}, suite {code(found.suite)}, with 95 % intervals over n rows. Beside"
-        " it: what the commonest label and a linear model (TF-IDF) score on the same rows.",
+        f"Of this run's model of step {found.step:,}, suite {code(found.suite)}, with 95 % intervals over n rows;"
+        " beside it what the commonest label and a linear model (TF-IDF) score on the same ones.",
         *("", "| task | metric | score | interval | n | majority | TF-IDF |"),
         "| --- | --- | ---: | --- | ---: | ---: | ---: |",
     ]

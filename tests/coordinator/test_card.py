@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from evaluations import summary
 from manifests import MANIFEST
 from msgspec.structs import replace
 
 from potluck.coordinator.card import Contributor, Facts, gathered, model_card
-from potluck.coordinator.events import PeerJoined
+from potluck.coordinator.events import Evaluated, PeerJoined
 from potluck.coordinator.state import Commit, Journal, Lease, Mark, Point
 from potluck.coordinator.store import Store
 from potluck.protocol.config import ModelConfig, RunConfig
@@ -114,3 +115,21 @@ def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
     facts = gathered(store, 16, "run")
     assert facts == Facts(run="run", traffic={}, contributors=[], digests=[]) and model_card(CONFIG, MANIFEST, facts)
     store.close()
+
+
+def test_the_newest_evaluation_before_it_is_in_the_card(tmp_path: Path) -> None:
+    store = Store(tmp_path / "run.sqlite")
+    mark = Mark(kind="round", generation=1, step=8, sample=16, digests=(b"\x01",))
+    commit = Commit(mark=mark, round=1, replicas=1, samples=16, nbytes=1, seconds=0.1, degraded=False)
+    steps = (0, 4, 8)  # the last one is of weights that are published anew now
+    found = [
+        Evaluated(step=step, suite="of|fline", mean=summary(step).mean, tasks=summary(step).tasks, digest="")
+        for step in steps
+    ]
+    store.write([commit, *(Journal(event=event) for event in found)], 0.0)
+    card = model_card(CONFIG, MANIFEST, gathered(store, 8, "ab12"))
+    store.close()
+    assert "Of this run's model of step 4, suite `of|fline`" in card
+    assert "| spam | macro-f1 | 0.500 | 0.400 … 0.600 | 60 | 0.330 | 0.800 |" in card
+    assert "| mean | macro-f1 | 0.500 | 0.400 … 0.600 | 60 |  |  |" in card and "brown" not in card
+    assert "## Evaluation" not in model_card(CONFIG, MANIFEST, Facts())

@@ -129,6 +129,7 @@ async def browser(profile: Path) -> AsyncIterator[Page]:
 class FakeSource:
     def __init__(self, state: dict[str, Any], points: list[dict[str, Any]]) -> None:
         self.now, self.curve = state, points
+        self.scores: list[dict[str, Any]] = []
         self.news = asyncio.Event()
 
     def state(self) -> dict[str, Any]:
@@ -136,6 +137,9 @@ class FakeSource:
 
     def points(self, after: int) -> list[dict[str, Any]]:
         return [point for point in self.curve if point["id"] > after]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return self.scores
 
     async def changed(self, version: int) -> int:
         while self.now.get("version", 0) == version:
@@ -253,6 +257,55 @@ async def test_page_shows_the_run_and_nothing_foreign(tmp_path: Path) -> None:
         await page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
         await page.until("document.documentElement.scrollWidth === 360")
         assert await page.value("document.getElementById('tip').hidden") is False
+        assert page.complaints == []
+    await asyncio.wait_for(running.close(), 5)
+
+
+def scores(step: int, value: float) -> list[dict[str, Any]]:
+    score = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 60}
+    tasks = [
+        {"name": HOSTILE, "metric": "macro-f1", "score": score, "majority": 0.333, "tfidf": 0.8},
+        {"name": "mine", "metric": "bits-per-byte", "score": score, "lower_is_better": True},
+        {"name": "brown", "metric": "macro-f1", "skipped": "its texts are missing"},
+    ]
+    row = {"step": step, "suite": "offline", "time": 1.76e9, "label": "mean macro-f1", "score": score, "tasks": tasks}
+    return [row, {"step": step, "suite": HOSTILE, "label": "", "score": None, "tasks": []}]
+
+
+async def test_evaluations_come_when_there_are_some_and_unfold(tmp_path: Path) -> None:
+    source = a_run()
+    running, port = await web.serve(web.app(source), "127.0.0.1", 0)
+    async with browser(tmp_path) as page:
+        await page.open(f"http://127.0.0.1:{port}/")
+        await page.until("document.getElementById('step').textContent === '30 of 120'")
+        assert await page.value("document.getElementById('evaluations-card').hidden") is True
+        assert await page.value("document.getElementById('key-evaluated').hidden") is True
+        source.scores = scores(24, 0.5)
+        source.update(evaluations=7)
+        await page.until("document.getElementById('evaluations-card').hidden === false")
+        assert await page.value("document.getElementById('key-evaluated').hidden") is False
+        shown = await page.text("evaluations")
+        for text in ("step 24", "offline", "mean macro-f1", "0.500", "0.400 … 0.600", HOSTILE, "no task has a score"):
+            assert text in shown, text
+        assert "bits-per-byte" not in shown
+        await page.value("document.querySelector('#evaluations summary').click()")
+        await page.until("document.querySelector('#evaluations details').open")
+        shown = await page.text("evaluations")
+        for text in ("bits-per-byte (lower is better)", "0.333", "0.800", "skipped"):
+            assert text in shown, text
+        source.scores = scores(30, 0.75) + source.scores
+        source.update(evaluations=9)
+        await page.until("document.querySelectorAll('#evaluations details').length === 4")
+        assert "2 published models" in await page.text("evaluations-note")
+        steps = "[...document.querySelectorAll('#evaluations details[open] .step')].map((node) => node.textContent)"
+        assert await page.value(steps) == ["step 24"]  # what somebody reads stays open
+        await page.value("document.getElementById('canvas').focus()")
+        await page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft")
+        await page.call("Input.dispatchKeyEvent", type="keyDown", key="End")
+        assert "evaluated" in await page.text("tip") and await page.value("document.images.length") == 0
+        await check_words(page)
+        await page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+        await page.until("document.documentElement.scrollWidth === 360")
         assert page.complaints == []
     await asyncio.wait_for(running.close(), 5)
 

@@ -21,6 +21,7 @@ PATHS = [
     "/static/app.js",
     "/static/style.css",
     "/api/state",
+    "/api/evaluations",
     "/api/points",
     "/api/points.csv",
     "/healthz",
@@ -52,6 +53,9 @@ class FakeSource:
 
     def points(self, after: int) -> list[dict[str, Any]]:
         return [point for point in self.curve if point["id"] > after]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [{"step": 1, "suite": "text", "score": {"value": math.nan}}]
 
     async def changed(self, version: int) -> int:
         self.waiting += 1
@@ -137,6 +141,8 @@ async def test_state_and_points(client: httpx.AsyncClient, source: FakeSource) -
     assert (await client.get("/api/points")).json() == source.curve
     assert (await client.get("/api/points?after=2")).json() == source.curve[2:]
     assert (await client.get("/api/points?after=99")).json() == []
+    [row] = (await client.get("/api/evaluations")).json()
+    assert row == {"step": 1, "suite": "text", "score": {"value": None}}
     assert (await client.get("/healthz")).json() == {"ok": True}
 
 
