@@ -120,6 +120,13 @@ class SimStage:
         self.x = Vector(state.content.counters + state.delta)
         self.grad = 0
 
+    @contextmanager
+    def at_reference(self) -> Iterator[None]:
+        training = self.x.clone()
+        self.x.copy_(self.g)
+        yield
+        self.x.copy_(training)
+
     def named(self, _: object) -> dict[str, Any]:
         return {}
 
