@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from msgspec.structs import replace
 
 from . import architecture
 from .config import RunConfig
@@ -20,6 +23,7 @@ LOGITS_NBYTES = 64 << 20  # of fp32 logits, above which the loss is made of part
 LOGITS_PART_NBYTES = 32 << 20
 MOMENTS_8BIT = 2 * (1 + 4 / 256)  # bytes a weight: a code and its share of a block's scale, twice
 UPDATE_NBYTES = {"cpu": 10 * 4 << 20, "cuda": 8 * 4 << 22}  # copies of the weights that are updated at a time
+CARDS = (8, 10, 12, 16, 24)  # gigabytes (2^30 bytes) that GPUs in homes have
 CONTEXT_NBYTES = 500_000_000  # CUDA's own on a GPU, with the libraries' workspaces
 FRAGMENTED = 0.05  # share of a GPU's memory that is lost between tensors
 
@@ -67,6 +71,25 @@ def footprints(
     return tuple(footprint(config, vocab_size, *stage, count - i, device) for i, stage in enumerate(layers))
 
 
+class Choice(NamedTuple):
+    """What decides about memory in ``run.yaml``: ``model.dtype``, ``optimizer.bits``, ``pipeline.recompute``."""
+
+    dtype: Literal["fp32", "bf16"]
+    bits: Literal[8, 32]
+    recompute: bool
+
+    def within(self, config: RunConfig) -> RunConfig:
+        return replace(
+            config,
+            model=replace(config.model, dtype=self.dtype),
+            optimizer=replace(config.optimizer, bits=self.bits),
+            pipeline=replace(config.pipeline, recompute=self.recompute),
+        )
+
+
+CHOICES = tuple(Choice(d, b, r) for d in ("fp32", "bf16") for b in (32, 8) for r in (False, True))
+
+
 def footprint(
     config: RunConfig, vocab_size: int, first: int, last: int, window: int = 1, device: str = "cpu"
 ) -> Footprint:
@@ -107,8 +130,8 @@ def recomputes(config: RunConfig, vocab_size: int, first: int, last: int, device
 
 
 def flight_nbytes(config: RunConfig, first: int, last: int, device: str) -> float:
-    """A microbatch between its forward and its backward, not at the last stage: what it came as and went as in fp32, and
-    what the blocks begin with, or all their graphs."""
+    """A microbatch between its forward and its backward, not at the last stage: what it came as and went as in fp32,
+    and what the blocks begin with, or all their graphs."""
     e, blocks, units = NBYTES[config.model.dtype], last - first, _units(config)
     outside = units * config.model.d_model * 4
     kept = blocks * units * config.model.d_model * e
@@ -136,10 +159,10 @@ def _units(config: RunConfig) -> int:
 
 
 def _rounds(config: RunConfig, n: int) -> float:
-    """The state of the last round, x, m and v; the copies of a round on its way, again these three; what it makes of x and
-    of the reference; and what is left or moved, whichever is larger."""
+    """The state of the last round, x, m and v; the copies of a round on its way, again these three; what it makes of x
+    and of the reference; what is sent and what is left."""
     sync = config.sync.resolved()
-    vectors = 3 + 3 + 2 + 1
+    vectors = 3 + 3 + 2 + 2
     vectors += 3 * bool(sync.outer_momentum) + 3 * (sync.feedback == "explicit")
     return 4.0 * n * vectors
 
@@ -148,11 +171,13 @@ def _workspace(config: RunConfig, vocab_size: int, first: int, last: int, device
     """The most of: the loss, a block's backward, an update."""
     model, units = config.model.resolved(), _units(config)
     e, d, f = NBYTES[model.dtype], model.d_model, model.d_ff
-    shapes = architecture.tensors(model, vocab_size, first, last)
-    matrix = max(math.prod(shape) for shape in shapes.values()) * e  # a gradient before it is added
+    parts = architecture.parts(model, vocab_size)
+    shapes = {**parts.block, **(parts.embedding if first == 0 else {}), **(parts.head if last == model.layers else {})}
+    matrix = max(map(math.prod, shapes.values())) * e  # a gradient before it is added
     backward = matrix + units * (3 * f + 2 * d) * e
     if device == "cpu" and model.architecture == "gptj":
-        backward += 2 * units * model.heads * model.seq_len * 4
+        scores = 2 * model.heads * model.seq_len * 4
+        backward += units * max(0, scores - 4 * f * e)  # the MLP's graph is gone by then
     loss = 0.0
     if last == model.layers:
         logits = units * vocab_size * 4

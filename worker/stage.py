@@ -1,8 +1,8 @@
 """What a replica owns: its layers' weights as one flat vector, the shared reference, and its local AdamW.
 
 ``x`` are the weights that train, ``g`` the reference that all replicas of the stage share bit for bit: fp32, and in the
-machine's memory where the stage is on a GPU. It is never written to, only replaced, so that a :class:`State` may hold it
-without a copy.
+machine's memory where the stage is on a GPU. It is never written to, only replaced, so that a :class:`State` may hold
+it without a copy.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def learning_rate(config: OptimizerConfig, steps: int, update: int) -> float:
 class Stage:
     """Layers [first, last) of a run on one device, ready to train.
 
-    Parameters are views into ``x`` and their gradients views into ``grad``, both of ``model.dtype``, so that a round sees
-    one vector. With one replica, fp32 and a round every step this is plain AdamW.
+    Parameters are views into ``x`` and their gradients views into ``grad``, both of ``model.dtype``, so that a round
+    sees one vector. With one replica, fp32 and a round every step this is plain AdamW.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int, first: int, last: int, device: str = "cpu") -> None:
@@ -184,7 +184,7 @@ class Stage:
             yield slice(start, min(self.size, start + part))
 
     def _put(self, here: slice, weights: Tensor, what: str) -> None:
-        """Writes fp32 weights to ``x``; bf16 by a chance that belongs to the step, what is done in it, and the place."""
+        """Writes fp32 weights to ``x``; as bf16 by a chance that the step, what is done in it, and the place decide."""
         if self.x.dtype == torch.bfloat16:
             key = draw(self.config.seed, "rounding", what, self.steps)
             weights = round_by_chance(weights, key, self._place + here.start)
