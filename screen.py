@@ -184,6 +184,7 @@ def show_memory(config: RunConfig, vocab_size: int, stages: int) -> None:
             )
     console.print(table)
     console.print(
-        "Bold: as run.yaml has it (model.dtype, optimizer.bits, pipeline.recompute). Beside it: in the machine's memory.",
+        "Bold: as run.yaml has it (model.dtype, optimizer.bits, pipeline.recompute). Beside it: in the machine's"
+        " memory. A stage that is left out takes what the one before it does.",
         highlight=False,
     )

@@ -1,7 +1,7 @@
 """What a stage really takes in memory, beside what ``potluck estimate`` says: ``python -m benchmarks.memory``.
 
-Each case is a process of its own that builds a stage, trains, and makes rounds alone (two: the second one has a state to
-go back to beside it). On a CPU the peaks are of the resident set above that of the process with everything loaded
+Each case is a process of its own that builds a stage, trains, and makes rounds alone (two: the second one has a state
+to go back to beside it). On a CPU the peaks are of the resident set above that of the process with everything loaded
 and a tiny stage; on a GPU (``--device cuda``) torch's own, without CUDA's context.
 """
 

@@ -163,7 +163,7 @@ def _rounds(config: RunConfig, n: int) -> float:
     and of the reference; what is sent and what is left."""
     sync = config.sync.resolved()
     vectors = 3 + 3 + 2 + 2
-    vectors += 3 * bool(sync.outer_momentum) + 3 * (sync.feedback == "explicit")
+    vectors += 4 * bool(sync.outer_momentum) + 3 * (sync.feedback == "explicit")
     return 4.0 * n * vectors
 
 

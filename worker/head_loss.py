@@ -27,7 +27,7 @@ class _Loss(torch.autograd.Function):
     """Makes the gradients in forward, for a loss that counts once; backward scales them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, wanted: bool
     ) -> Tensor:
         total = torch.zeros((), device=hidden_ND.device)

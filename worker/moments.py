@@ -80,8 +80,8 @@ class Moments32:
 
 
 class Moments8:
-    """Codes uint8 [n] and scales fp32 [n / 256] of each moment. With CUDA the codes are paged: in memory that the driver
-    moves to the host when the GPU's is short, and back."""
+    """Codes uint8 [n] and scales fp32 [n / 256] of each moment. With CUDA the codes are paged: in memory that the
+    driver moves to the host when the GPU's is short, and back."""
 
     def __init__(self, config: OptimizerConfig, n: int, device: torch.device) -> None:
         self.config, self.device, self._library = config, device, library()
@@ -159,7 +159,7 @@ def library() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"the run has optimizer.bits 8, and bitsandbytes cannot be imported ({error})",
-            hint="Install it: pip install bitsandbytes",
+            hint="Install it: pip install 'potluck[bnb]' (or bitsandbytes itself).",
         ) from None
 
 

@@ -156,7 +156,7 @@ class Synchronizer:
                 unsent[here] = residual
             else:
                 x[here].add_(residual, alpha=self.sync.decay)
-        mean = residual = None  # makes room
+            del mean, residual  # makes room
         self.counted_from = before.point.step
         if not all(math.isfinite(end) for end in torch.aminmax(g)):
             if len(self.peers) == 1:

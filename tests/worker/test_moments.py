@@ -27,7 +27,7 @@ def test_a_run_without_bitsandbytes_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(ConfigError, match=r"optimizer\.bits 8") as error:
         moments(OptimizerConfig(bits=8), N, CPU)
-    assert "pip install bitsandbytes" in error.value.hint
+    assert "pip install 'potluck[bnb]'" in error.value.hint
 
 
 class TestIn8Bits:
