@@ -292,9 +292,11 @@ async def _worker(ticket: Any, folder: Path, options: dict[str, Any]) -> int:
 @click.option(
     "--down", type=click.FloatRange(0, min_open=True), default=100.0, show_default=True, help="A line's Mbit/s down."
 )
+@click.option("--stages", type=click.IntRange(1, 256), default=None, help="Instead of pipeline.stages.")
 @click.option("--json", "as_json", is_flag=True, help="Numbers for programs.")
-def estimate(path: Path, replicas: int, up: float, down: float, as_json: bool) -> None:
-    """Say what the run in PATH (run.yaml) will send, and how long a line needs for it, before anything starts.
+def estimate(path: Path, replicas: int, up: float, down: float, stages: int | None, as_json: bool) -> None:
+    """Say what the run in PATH (run.yaml) will send, how long a line needs for it, and how much memory a stage takes,
+    before anything starts.
 
     Bytes are those on the wire, headers and all, by purpose and beside the same run uncompressed; zstd takes some per
     cent off more. Starting and joining (the corpus, a newcomer's state) come on top, and control streams with about
@@ -303,17 +305,29 @@ def estimate(path: Path, replicas: int, up: float, down: float, as_json: bool) -
     from .protocol.config import load
 
     config = load(path)
+    if stages is not None:
+        import msgspec
+
+        pipeline = msgspec.structs.replace(config.pipeline, stages=stages)
+        config = msgspec.structs.replace(config, pipeline=pipeline)
     from .worker.estimate import Line, estimate
 
     found = estimate(config, config.data.vocab_size, replicas)
     if as_json:
         import msgspec
 
-        click.echo(msgspec.json.encode(found))
+        from .protocol.footprint import footprints
+        from .protocol.plan import Shape
+
+        shape = Shape.of(config.model, config.data.vocab_size)
+        layers = shape.split(len(found.machines))
+        memory = {device: footprints(config, config.data.vocab_size, layers, device) for device in ("cuda", "cpu")}
+        click.echo(msgspec.json.encode({**msgspec.to_builtins(found), "memory": memory}))
         return
-    from .screen import show_estimate
+    from .screen import show_estimate, show_memory
 
     show_estimate(config, found, Line(up_mbps=up, down_mbps=down))
+    show_memory(config, config.data.vocab_size, len(found.machines))
 
 
 @main.group(context_settings=CONTEXT)

@@ -14,6 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .protocol.footprint import CARDS, CHOICES, Choice, fits, footprints
+from .protocol.plan import Shape
+
 if TYPE_CHECKING:
     from .protocol.config import RunConfig
     from .worker.estimate import Estimate, Line
@@ -153,3 +156,35 @@ def show_estimate(config: RunConfig, found: Estimate, line: Line) -> None:
         )
     else:
         console.print(f"{rounds}, and everybody waits for it (sync.delay: 0).", highlight=False)
+
+
+def show_memory(config: RunConfig, vocab_size: int, stages: int) -> None:
+    """A table: what each stage takes with each choice, and the smallest usual GPU that holds it."""
+    console = Console()
+    layers = Shape.of(config.model, vocab_size).split(stages)
+    own = Choice(config.model.dtype, config.optimizer.bits, config.pipeline.recompute)
+    model, size = config.model, config.pipeline.microbatch_size
+    title = f"memory of a stage in GB (10^9 bytes), {stages} stages, microbatches of {size} x {model.seq_len}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("dtype", "bits", "recompute", "stage", "layers", "GPU", "beside it", "without GPU", "smallest card"):
+        table.add_column(name, justify="right")
+    for choice in CHOICES:
+        on_gpus, on_cpus = (footprints(choice.within(config), vocab_size, layers, d) for d in ("cuda", "cpu"))
+        style = "bold" if choice == own else ""
+        for i, (gpu, cpu) in enumerate(zip(on_gpus, on_cpus, strict=True)):
+            if i and (gpu.on_gpu, cpu.on_cpu) == (on_gpus[i - 1].on_gpu, on_cpus[i - 1].on_cpu):
+                continue
+            card = next((f"{card} GB" for card in CARDS if fits(gpu, card)), "-")
+            table.add_row(
+                *(choice.dtype, str(choice.bits), "yes" if choice.recompute else "no", str(i + 1)),
+                f"{layers[i][0]}-{layers[i][1] - 1}",
+                *(f"{nbytes / 1e9:,.2f}" for nbytes in (gpu.on_gpu, gpu.beside_gpu, cpu.on_cpu)),
+                card,
+                style=style,
+            )
+    console.print(table)
+    console.print(
+        "Bold: as run.yaml has it (model.dtype, optimizer.bits, pipeline.recompute). Beside it: in the machine's"
+        " memory. A stage that is left out takes what the one before it does.",
+        highlight=False,
+    )

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class StageNeed:
-    """What a stage asks: relative work per token, and memory to hold it."""
+    """What a stage asks: relative work per token, and memory to hold it; of a GPU, less than of a machine without."""
 
     work: float
     memory_gb: float
+    gpu_gb: float | None = None  # None: as much
+
+    def gigabytes(self, device: str) -> float:
+        return self.memory_gb if device == "cpu" or self.gpu_gb is None else self.gpu_gb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +24,12 @@ class Offer:
 
     speed: float
     memory_gb: float
+    device: str = "cpu"
     home: int | None = None
     keeps: frozenset[int] = frozenset()
+
+    def holds(self, need: StageNeed) -> bool:
+        return self.memory_gb >= need.gigabytes(self.device)
 
 
 MOVE_GAIN = 0.8  # a peer moves only if the slowest stage gets at least this much faster
@@ -56,7 +64,7 @@ def relief(
     moves = []
     for origin, peers in enumerate(placed):
         for p in sorted(peers) if origin != thin and len(peers) > 1 else ():
-            if offers[p].memory_gb >= stages[thin].memory_gb and may(p, origin, thin):
+            if offers[p].holds(stages[thin]) and may(p, origin, thin):
                 after = load(stages[origin], offers, peers - {p}), load(stages[thin], offers, placed[thin] | {p})
                 moves.append((max(after), origin == 0, p, origin))  # the first stage's replicas make the batch
     if not moves or min(moves)[0] > MOVE_GAIN * loads[thin]:
@@ -75,7 +83,7 @@ def assign(stages: Sequence[StageNeed], offers: Mapping[str, Offer], *, moves: b
     placed: list[set[str]] = [set() for _ in stages]
 
     def fits(peer: str, s: int) -> bool:
-        return offers[peer].memory_gb >= stages[s].memory_gb
+        return offers[peer].holds(stages[s])
 
     def fill(s: int, seen: set[int]) -> bool:
         """Moves a peer to an empty stage, and others after it if that leaves a stage empty (an augmenting path)."""

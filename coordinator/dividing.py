@@ -28,7 +28,7 @@ def better_division(rules: Rules, state: RunState) -> Redivide | None:
     if plan is None:
         return None
     free = [m for m in state.members.values() if not m.leaving]
-    offers = {m.peer: Offer(speed=m.speed, memory_gb=m.memory_gb) for m in free}
+    offers = {m.peer: Offer(speed=m.speed, memory_gb=m.memory_gb, device=m.device) for m in free}
     own, best = rules.division(len(plan.stages)), best_division(rules, free)
     if best is None or best is own:
         return None

@@ -28,7 +28,7 @@ def best_move(rules: Rules, state: RunState, only: Move | None = None) -> Move |
     if plan is None or state.phase != "training" or state.committed.kind != "round":
         return None
     members, needs = state.members, rules.division(len(plan.stages)).needs
-    offers = {p: Offer(speed=m.speed, memory_gb=m.memory_gb) for p, m in members.items()}
+    offers = {p: Offer(speed=m.speed, memory_gb=m.memory_gb, device=m.device) for p, m in members.items()}
     placed = [{r.peer for r in replicas} for replicas in plan.replicas]
     for peer, stage in newcomers(rules, state, {}).items():
         placed[stage].add(peer)
@@ -95,14 +95,14 @@ class Moves(Losses):
         who is to move is ready, and no newcomer about to be."""
         plan, move = self.state.plan, self.state.move
         assert plan is not None
-        smallest = min(need.memory_gb for need in self.rules.division(len(plan.stages)).needs)
+        needs = self.rules.division(len(plan.stages)).needs
         new = {
             p: m
             for p, m in self.state.members.items()
             if p not in plan.peers
             and not m.leaving
             and m.away is None
-            and m.memory_gb >= smallest
+            and m.memory_gb >= min(need.gigabytes(m.device) for need in needs)
             and not (p in self.state.barred and self.now < self.state.barred[p].until)
         }
         stages, members = prospects(self.rules, self.state), self.state.members

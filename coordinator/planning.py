@@ -114,8 +114,8 @@ def seated(rules: Rules, state: RunState, mark: Mark, held: list[list[str]], pat
     for division in divisions:
         if (seats := seats_of(rules, free, division, mark, held)) is not None:
             return Start(mark, division.layers, seats)
-    worst = max(need.memory_gb for need in own.needs)
-    offered = max(member.memory_gb for member in free.values())
+    largest = max(free.values(), key=lambda member: member.memory_gb)
+    worst, offered = max(need.gigabytes(largest.device) for need in own.needs), largest.memory_gb
     if not patient and (other := best_division(rules, free.values())) is not None:
         seats = seats_of(rules, free, other, mark, held)
         assert seats is not None
@@ -142,6 +142,7 @@ def seats_of(
         peer: Offer(
             speed=member.speed,
             memory_gb=member.memory_gb,
+            device=member.device,
             home=homes.get(peer),
             keeps=frozenset(i for i, peers in enumerate(held) if is_kept and peer in peers),
         )
@@ -162,7 +163,7 @@ def nearest(layers: tuple[int, int], division: Division) -> int:
 def best_division(rules: Rules, members: Collection[Member]) -> Division | None:
     """The fewest stages that these peers can hold: fewer boundaries are fewer bytes; more of them where that makes the
     slowest stage clearly faster. None if they can hold none."""
-    offers = {m.peer: Offer(speed=m.speed, memory_gb=m.memory_gb) for m in members}
+    offers = {m.peer: Offer(speed=m.speed, memory_gb=m.memory_gb, device=m.device) for m in members}
     if len(rules.divisions) == 1:
         return rules.divisions[0] if assign(rules.divisions[0].needs, offers) is not None else None
     best, least = None, float("inf")
@@ -214,7 +215,9 @@ def newcomers(rules: Rules, state: RunState, moved: dict[str, int]) -> dict[str,
     division = rules.division(len(plan.stages))
     homes = homes_of(free, state.committed.savepoints(division))
     homes |= {p: stage for p, (stage, _) in plan.places.items()} | moved
-    offers = {p: Offer(speed=m.speed, memory_gb=m.memory_gb, home=homes.get(p)) for p, m in free.items()}
+    offers = {
+        p: Offer(speed=m.speed, memory_gb=m.memory_gb, device=m.device, home=homes.get(p)) for p, m in free.items()
+    }
     seats = assign(division.needs, offers, moves=not rules.prepare_seconds) or []
     return {p: i for i, peers in enumerate(seats) for p in peers if p not in plan.peers}
 

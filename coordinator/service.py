@@ -8,7 +8,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..protocol import control_pb2 as pb
 from ..protocol.config import RunConfig
 from ..protocol.errors import ConfigError, IdentityError, StateError
 from ..protocol.evaluation import CHECKPOINTS
+from ..protocol.footprint import footprints
 from ..protocol.identity import lock
 from ..protocol.manifest import SHARDS_FOLDER, Manifest
 from ..protocol.multiaddr import check_relay
@@ -46,7 +47,6 @@ from .store import Store
 from .weights import Span, open_checkpoint, shaped
 
 log = logging.getLogger(__name__)
-BYTES_PER_PARAMETER = 32  # fp32 weights, reference, gradient, two moments, and copies for a round and to go back to
 GIGABYTE = 1e9
 STOP_SECONDS = 60.0
 STUCK_SECONDS = 10.0  # that a disk may refuse while the run is to stop
@@ -59,12 +59,15 @@ def rules_of(config: RunConfig, manifest: Manifest) -> Rules:
     model = config.model
     shape = Shape.of(model, manifest.vocab_size)
 
-    def need(first: int, last: int) -> StageNeed:
-        memory = shape.size(first, last) * BYTES_PER_PARAMETER
-        return StageNeed(work=shape.work(first, last), memory_gb=memory / GIGABYTE)
+    def needs(layers: Sequence[tuple[int, int]]) -> tuple[StageNeed, ...]:
+        on_cpus, on_gpus = (footprints(config, manifest.vocab_size, layers, device) for device in ("cpu", "cuda"))
+        return tuple(
+            StageNeed(work=shape.work(*stage), memory_gb=cpu.on_cpu / GIGABYTE, gpu_gb=gpu.on_gpu / GIGABYTE)
+            for stage, cpu, gpu in zip(layers, on_cpus, on_gpus, strict=True)
+        )
 
     divisions = (
-        Division(layers=tuple(layers), needs=tuple(need(*stage) for stage in layers))
+        Division(layers=tuple(layers), needs=needs(layers))
         for layers in shape.splits(config.pipeline.counts(model.layers))
     )
     return Rules(

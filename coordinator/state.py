@@ -55,10 +55,9 @@ class Rules:
         """The one with so many stages, or the first one if there is none."""
         return next((d for d in self.divisions if len(d.layers) == stages), self.divisions[0])
 
-    @property
-    def smallest_gb(self) -> float:
+    def smallest_gb(self, device: str) -> float:
         """What a peer must offer at least to be of any use."""
-        return min(need.memory_gb for division in self.divisions for need in division.needs)
+        return min(need.gigabytes(device) for division in self.divisions for need in division.needs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ class Turn(ABC):
                 "Give this one a key of its own: --data-dir",
             )
             return
-        smallest = self.rules.smallest_gb
+        smallest = self.rules.smallest_gb(member.device)
         if member.memory_gb < smallest:
             self.dismiss(
                 member,

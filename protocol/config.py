@@ -66,7 +66,9 @@ class PipelineConfig(Section, frozen=True, kw_only=True):
     stages: Annotated[int, Meta(ge=1, le=256)] | Literal["auto"] | StageRange = 2
     microbatch_size: Annotated[int, Meta(ge=1, le=4096)] = 4
     microbatches: Annotated[int, Meta(ge=1, le=4096)] = 4
-    # Backward recomputes forward from the kept input (activation checkpointing): less memory, a third more work.
+    # Backward recomputes each block's forward from its kept input (activation checkpointing): less memory, a third more
+    # work. The last stage, where backward follows at once, does so only if all its blocks' graphs together are larger
+    # than in_flight_gb.
     recompute: bool = True
     # Memory for microbatches under way beyond what 1F1B holds, in 10^9 bytes: a stage uses it when it would otherwise
     # wait for a slow line.
@@ -126,6 +128,8 @@ class OptimizerConfig(Section, frozen=True, kw_only=True):
     weight_decay: Annotated[float, Meta(ge=0, le=1)] = 0.01
     warmup_steps: Annotated[int, Meta(ge=0)] = 20
     schedule: Literal["constant", "cosine"] = "constant"
+    # Of each of AdamW's two moments: 8 needs bitsandbytes and a quarter of the memory (worker/moments.py).
+    bits: Literal[8, 32] = 32
 
 
 class EvalConfig(Section, frozen=True, kw_only=True):

@@ -35,6 +35,9 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     rope_theta: Annotated[float, Meta(ge=0, le=1e12)] = 0.0  # usual: 10,000
     norm_eps: Annotated[float, Meta(ge=0, le=1e-2)] = 0.0  # usual: 1e-5
     seq_len: Annotated[int, Meta(ge=8, le=65536)] = 128
+    # Of the weights that train, their gradients and the arithmetic of the blocks. What the replicas share stays fp32,
+    # and so does what is published. bf16 halves the memory; updates are rounded by chance (worker/rounding.py).
+    dtype: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def head_dim(self) -> int:

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 from ..protocol.errors import ConfigError
+from ..protocol.footprint import FRAGMENTED
 from ..protocol.identity import Identity, lock
 from ..protocol.meter import Meter
 from ..protocol.ticket import Ticket
@@ -22,6 +23,7 @@ async def join(ticket: Ticket, config: WorkerConfig, leave: asyncio.Event, say: 
     key = config.data_dir / "identity.pem"
     identity = Identity.load_or_create(key)
     with lock(key):
+        chosen_gb = config.memory_gb
         config = config.decided(ticket, identity)
         meter = Meter()
         probe = await dial_pinned(ticket.url, ticket.fingerprint)
@@ -29,6 +31,8 @@ async def join(ticket: Ticket, config: WorkerConfig, leave: asyncio.Event, say: 
         await probe.close()
         say("found the coordinator; loading torch")
         config = replace(config, device=await asyncio.to_thread(prepare_torch, config.threads, config.device))
+        if not chosen_gb and config.device.startswith("cuda"):
+            config = replace(config, memory_gb=gpu_gb(config.device))
         from .session import Session
 
         return await Session(ticket, config, identity, meter, say).run(leave)
@@ -50,3 +54,10 @@ def prepare_torch(threads: int, device: str) -> str:
             f"this machine cannot compute on {device!r}", hint="Use --device cpu, or cuda where torch finds a GPU."
         ) from None
     return device
+
+
+def gpu_gb(device: str) -> float:
+    """What a GPU has for a stage, in 10^9 bytes."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory * (1 - FRAGMENTED) / 1e9

@@ -157,7 +157,7 @@ class Engine:
         failpoint("worker.seat.fetched")
         if state is None:
             point = SavePoint(kind="round", generation=0, step=0, first_layer=layers[0], last_layer=layers[1])
-            state = self._build(layers).state(point)
+            state = self._build(layers, "cpu").state(point)  # beside the one that trains, for which there is room
         self.stage.load(state)
         self.points.keep(state)
         self.states.recent.most_nbytes = 4 * self.stage.size
@@ -186,9 +186,9 @@ class Engine:
         view, _ = self.views.newest
         return self.views.closed or view.plan is None or view.plan.generation != plan.generation
 
-    def _build(self, layers: tuple[int, int]) -> Stage:
-        config = self.config
-        return Stage(config.run, config.manifest.vocab_size, *layers, device=config.device, beginning=config.beginning)
+    def _build(self, layers: tuple[int, int], device: str = "") -> Stage:
+        run, manifest, where = self.config.run, self.config.manifest, device or self.config.device
+        return Stage(run, manifest.vocab_size, *layers, device=where, beginning=self.config.beginning)
 
     def _reroute(self, plan: Plan, view: View) -> None:
         """Somebody is lost and the generation goes on: a round on its way is void, its samples go into the next."""

@@ -5,16 +5,22 @@ Shape letters: B samples, T positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import GPTJConfig, LlamaConfig, PreTrainedConfig
 
 from ..protocol import architecture
 from ..protocol.architecture import INIT_STD, NAMES
 from ..protocol.config import ModelConfig
+from ..protocol.footprint import LOGITS_NBYTES
 from ..protocol.schedule import draw
 from .blocks import View, block, final_norm, view_of
+from .head_loss import loss_in_parts
 from .layout import Layout
 from .packing import IGNORED
 from .weights import Beginning
@@ -36,6 +42,8 @@ class StageModule(nn.Module):
     dicts together are a checkpoint. Every parameter is drawn from a seed of its own (run seed and name): any peer can
     make any layer. With a ``beginning`` it is read from the run's checkpoint.
     """
+
+    recomputes = False  # whether backward makes a block's graph anew, from the block's input, one block after the other
 
     def __init__(
         self, model: ModelConfig, vocab_size: int, first: int, last: int, seed: int, beginning: Beginning | None = None
@@ -73,17 +81,26 @@ class StageModule(nn.Module):
         """Token ids [B, T] (first stage) or hidden states [B, T, D] to hidden states [B, T, D].
 
         ``layout``: where documents and prefixes lie; None: every sequence is one document, causal.
-        The last stage's output is normalized but not yet projected: see :meth:`logits`.
+        The last stage's output is normalized but not yet projected, see :meth:`logits`, and of the weights' dtype; that
+        of the others fp32.
         """
         hidden_BTD = self.embedded(x)
-        view = self.view(hidden_BTD, layout)
+        views = _Views(functools.partial(self.view, hidden_BTD, layout))
         for each in self.blocks:
-            hidden_BTD = each(hidden_BTD, view)
-        return self.normalized(hidden_BTD)
+            if self.recomputes and torch.is_grad_enabled() and not (self.is_last and each is self.blocks[-1]):
+                again = functools.partial(_seen, each, views)
+                hidden_BTD = checkpoint(again, hidden_BTD, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_BTD = each(hidden_BTD, views.view)
+        views.forget()
+        return self.normalized(hidden_BTD) if self.is_last else hidden_BTD.float()
 
     def embedded(self, x: Tensor) -> Tensor:
-        """The first stage's ids [B, T] as hidden states [B, T, D]; hidden states as they are."""
-        return self.get_submodule(f"{self._names.root}.{self._names.embedding}")(x) if self.is_first else x
+        """The first stage's ids [B, T] as hidden states [B, T, D]; hidden states in the weights' dtype."""
+        if not self.is_first:
+            return x.to(next(self.parameters()).dtype)
+        hidden_BTD: Tensor = self.get_submodule(f"{self._names.root}.{self._names.embedding}")(x)
+        return hidden_BTD
 
     def view(self, hidden_BTD: Tensor, layout: Layout | None = None) -> View:
         """What all blocks need of a batch, made once."""
@@ -98,9 +115,37 @@ class StageModule(nn.Module):
         return self.lm_head(hidden_BTD)
 
     def loss_sum(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross-entropy summed over the targets that are not ``IGNORED``; a scalar in fp32."""
+        """Cross-entropy summed over the targets that are not ``IGNORED``; a scalar in fp32.
+
+        Where all logits would be large (:data:`~potluck.protocol.footprint.LOGITS_NBYTES`), of one part of the
+        positions after the other; the sums are rounded otherwise then.
+        """
+        if 4 * targets_BT.numel() * self.lm_head.out_features > LOGITS_NBYTES:
+            return loss_in_parts(hidden_BTD, self.lm_head, targets_BT)
         logits = self.logits(hidden_BTD).float()
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+class _Views:
+    """A batch's view while its forward or its backward is at work, and only then: a mask is large."""
+
+    def __init__(self, make: Callable[[], View]) -> None:
+        self._make = make
+        self._made: View | None = None
+
+    @property
+    def view(self) -> View:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def forget(self) -> None:
+        self._made = None
+
+
+def _seen(block: nn.Module, views: _Views, hidden_BTD: Tensor) -> Tensor:
+    out: Tensor = block(hidden_BTD, views.view)
+    return out
 
 
 def bell_shaped(n: int, generator: torch.Generator) -> Tensor:

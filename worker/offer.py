@@ -41,7 +41,7 @@ class WorkerConfig:
     name: str = ""  # from the key
     host: str = ""  # this machine alone if the coordinator runs on it, else all its addresses
     port: int = 0
-    memory_gb: float = 0.0  # half of the machine's memory
+    memory_gb: float = 0.0  # the GPU's, or half of the machine's
     threads: int = 0  # half of the cores
     speed: float = 1.0
     device: str = "auto"  # a GPU if torch finds one

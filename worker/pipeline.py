@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..protocol.errors import WireError
 from ..protocol.failpoints import failpoint
+from ..protocol.footprint import flight_nbytes
 from ..protocol.frames import Frame, Kind
 from ..protocol.plan import Plan
 from .boundary import EVAL, TRAIN, Boundary
@@ -32,7 +33,6 @@ from .layout import Batch
 from .mailbox import Address, Rerouted
 from .stage import Stage
 
-GRAPH_TENSORS = 20  # of a hidden state's size, about, that autograd keeps for each block
 KEPT_NBYTES = 4 << 30  # of what was sent since the last committed round; beyond it a loss costs the round
 
 
@@ -74,7 +74,7 @@ class Flight:
     """A microbatch between its forward and its backward."""
 
     batch: Batch
-    output: Tensor | None = None  # kept graph, when nothing is recomputed
+    output: Tensor  # with its graph
     miss: Address | None = None  # where the next stage says that it lacks what a delta was against
     resent: bool = False
 
@@ -134,11 +134,8 @@ class Pipeline:
 
     def _spare(self) -> int:
         """Microbatches under way that there is memory for."""
-        model, pipeline = self.config.model, self.config.pipeline
-        nbytes = 4 * pipeline.microbatch_size * model.seq_len * model.d_model
-        if not pipeline.recompute:
-            nbytes *= 1 + GRAPH_TENSORS * (self.stage.last - self.stage.first)
-        return int(pipeline.in_flight_gb * 1e9 / nbytes)
+        nbytes = flight_nbytes(self.config, self.stage.first, self.stage.last, str(self.stage.device).partition(":")[0])
+        return int(self.config.pipeline.in_flight_gb * 1e9 / nbytes)
 
     def attempt_in(self, generation: int) -> int:
         """The newest attempt of a generation that we have heard of."""
@@ -229,15 +226,13 @@ class Pipeline:
             batch = found
         batch = batch.to(self.stage.device)
         self._to_forward.remove(lane)
-        keep = self.seat.is_last or not self.config.pipeline.recompute
         if not self.seat.is_first:
             batch.x.requires_grad_()
-        with torch.set_grad_enabled(keep):
-            output = self._output(batch)
-            if self.seat.is_last:
-                output = self.stage.module.loss_sum(output, batch.targets)
+        output = self._output(batch)
+        if self.seat.is_last:
+            output = self.stage.module.loss_sum(output, batch.targets)
         self._count(lane, int((batch.targets >= 0).sum()), float(output.detach()) if self.seat.is_last else 0.0)
-        self._flights[lane] = Flight(batch, output if keep else None)
+        self._flights[lane] = Flight(batch, output)
         if self.seat.is_last:
             self._backward(lane, None)
         else:
@@ -259,12 +254,10 @@ class Pipeline:
         failpoint("worker.backward", torch.OutOfMemoryError)
         flight = self._flights[lane]
         if frame is None:
-            assert flight.output is not None
             flight.output.backward()
         else:
             gradient = self.boundary.received_gradient(frame).to(self.stage.device)
-            output = self._output(flight.batch) if flight.output is None else flight.output
-            output.backward(gradient)
+            flight.output.backward(gradient)
         del self._flights[lane]
         self._to_backward.remove(lane)
         if not self.seat.is_first:
@@ -290,7 +283,7 @@ class Pipeline:
             self.wire.post(plan.peer_of(stage, frame.header.microbatch), frame)
 
     def _send_again(self, miss: Frame) -> None:
-        """Answers a ``MISS``. The weights are still those of the step, so an output that was not kept is made anew."""
+        """Answers a ``MISS``."""
         lane = Lane(miss.header.step, miss.header.microbatch)
         flight = self._flights[lane]
         assert flight.miss is not None
@@ -300,9 +293,7 @@ class Pipeline:
             )
         flight.resent = True
         self.boundary.missed(miss.header)
-        with torch.no_grad():
-            output = self._output(flight.batch) if flight.output is None else flight.output
-        batch = flight.batch._replace(x=output.detach())
+        batch = flight.batch._replace(x=flight.output.detach())
         frame, _ = self.boundary.activation(lane.step, TRAIN, lane.m, batch, attempt=1)
         self.wire.post(flight.miss.sender, frame)
 
@@ -350,9 +341,7 @@ class Pipeline:
         failpoint("worker.evaluate", torch.OutOfMemoryError)
         started, self._waited = time.perf_counter(), 0.0
         result, stage, size = StepResult(), self.stage, self.config.pipeline.microbatch_size
-        training = stage.x.clone()
-        stage.x.copy_(stage.g)
-        try:
+        with stage.at_reference():
             for m in range(-(-self.config.eval.samples // size)):
                 if self.seat.plan.replica_of(self.seat.stage, self._lane(m)) == self.seat.replica:
                     if (batch := self._heldout(position, m)) is None:
@@ -364,8 +353,6 @@ class Pipeline:
                     else:
                         frame, _ = self.boundary.activation(position, EVAL, m, batch._replace(x=hidden))
                         self.wire.post(self.seat.plan.peer_of(self.seat.stage + 1, self._lane(m)), frame)
-        finally:
-            stage.x.copy_(training)
         result.wait_seconds, result.seconds = self._waited, time.perf_counter() - started
         return result
 

@@ -1,22 +1,35 @@
 """What a replica owns: its layers' weights as one flat vector, the shared reference, and its local AdamW.
 
-``x`` are the weights that train, ``g`` the reference that all replicas of the stage share bit for bit. It is never
-written to, only replaced, so that a :class:`State` may hold it without a copy.
+``x`` are the weights that train, ``g`` the reference that all replicas of the stage share bit for bit: fp32, and in the
+machine's memory where the stage is on a GPU. It is never written to, only replaced, so that a :class:`State` may hold
+it without a copy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..protocol.config import OptimizerConfig, RunConfig
-from ..protocol.plan import SavePoint
+from ..protocol.footprint import recomputes
+from ..protocol.plan import SavePoint, Shape
+from ..protocol.schedule import draw
 from .model import StageModule
+from .moments import Moments32, moments
+from .rounding import round_by_chance
 from .weights import Beginning
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PART = {
+    "cpu": 1 << 20,
+    "cuda": 1 << 22,
+}  # weights updated at a time, where they need a copy in fp32; of Moments' blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +85,8 @@ def learning_rate(config: OptimizerConfig, steps: int, update: int) -> float:
 class Stage:
     """Layers [first, last) of a run on one device, ready to train.
 
-    Parameters are views into ``x`` and their gradients views into ``grad``, so that a round sees one vector; AdamW's
-    moments are views into ``m`` and ``v``. With one replica and a round every step this is plain AdamW.
+    Parameters are views into ``x`` and their gradients views into ``grad``, both of ``model.dtype``, so that a round
+    sees one vector. With one replica, fp32 and a round every step this is plain AdamW.
     """
 
     def __init__(
@@ -87,77 +100,130 @@ class Stage:
     ) -> None:
         self.config, self.first, self.last, self.device = config, first, last, torch.device(device)
         self.vocab_size = vocab_size
-        self.module = StageModule(config.model, vocab_size, first, last, config.seed, beginning).to(self.device)
+        self.module = StageModule(config.model, vocab_size, first, last, config.seed, beginning)
+        self.module.recomputes = recomputes(config, vocab_size, first, last, self.device.type)
         parameters = list(self.module.parameters())
         n = sum(p.numel() for p in parameters)
-        self.x, self.grad, self.m, self.v = (torch.zeros(n, device=self.device) for _ in range(4))
+        self.x, self.grad = (torch.zeros(n, dtype=DTYPES[config.model.dtype], device=self.device) for _ in range(2))
+        self.g = torch.empty(n)
+        self.moments = moments(config.optimizer, n, self.device)
         self.momentum: Tensor | None = None
         self.unsent: Tensor | None = None
         self.updates = 0  # behind the moments
         self.steps = 0  # of the run: what the learning rate goes by
-        c = config.optimizer
-        self.optimizer = torch.optim.AdamW(
+        start = 0
+        for p in parameters:
+            window = slice(start, start + p.numel())
+            self.g[window] = p.detach().flatten()
+            self.x[window] = self.g[window]
+            p.data = self.x[window].view(p.shape)
+            p.grad = self.grad[window].view(p.shape)
+            start += p.numel()
+        self._place = Shape.of(config.model, vocab_size).start(first)  # of the first weight in the model
+        self._optimizer = self._adamw(parameters) if config.model.dtype == "fp32" else None
+
+    def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW | None:
+        """torch's own, on the moments' vectors: updates each tensor as it is."""
+        if not isinstance(self.moments, Moments32):
+            return None
+        c = self.config.optimizer
+        optimizer = torch.optim.AdamW(
             parameters, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, fused=True
         )
         start = 0
         for p in parameters:
             window = slice(start, start + p.numel())
-            self.x[window] = p.detach().flatten()
-            p.data = self.x[window].view(p.shape)
-            p.grad = self.grad[window].view(p.shape)
-            self.optimizer.state[p] = {
+            optimizer.state[p] = {
                 "step": torch.zeros((), device=self.device if self.device.type == "cuda" else "cpu"),
-                "exp_avg": self.m[window].view(p.shape),
-                "exp_avg_sq": self.v[window].view(p.shape),
+                "exp_avg": self.moments.m[window].view(p.shape),
+                "exp_avg_sq": self.moments.v[window].view(p.shape),
             }
             start += p.numel()
-        self.g = self.x.clone()
+        return optimizer
 
     @property
     def size(self) -> int:
         return self.x.numel()
 
+    @torch.no_grad()
     def update(self, targets: int) -> None:
         """One AdamW update with the gradient of the mean loss over ``targets``, then a cleared gradient."""
-        self.grad.div_(max(1, targets))
         rate = learning_rate(self.config.optimizer, self.config.steps, self.steps)
         if self.updates < self.steps:  # moments that began anew: their first updates are as large as at a run's start
             rate *= min(1.0, (self.updates + 1) / max(1, self.config.optimizer.warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        if self._optimizer is not None:
+            self.grad.div_(max(1, targets))
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+        else:
+            for here in self._parts():
+                weights, grad = self.x[here].float(), self.grad[here].float().div_(max(1, targets))
+                self.moments.step(weights, grad, here.start, rate=rate, update=self.updates + 1)
+                self._put(here, weights, "update")
         self.updates += 1
         self.steps += 1
         self.grad.zero_()
 
+    def place(self, weights: Tensor) -> None:
+        """Makes these, fp32 [n] on any device, the weights that train."""
+        for here in self._parts():
+            self._put(here, weights[here].to(self.device), "round")
+
+    def shift(self, by: Tensor) -> None:
+        """Adds to the weights that train; fp32 [n] on any device."""
+        for here in self._parts():
+            self._put(here, self.x[here].float() + by[here].to(self.device), "round")
+
+    @contextlib.contextmanager
+    def at_reference(self) -> Iterator[None]:
+        """Between updates: the weights are the reference, for as long as it takes. The cleared gradient's memory holds
+        those that train meanwhile."""
+        self.grad.copy_(self.x)
+        self.x.copy_(self.g)
+        try:
+            yield
+        finally:
+            self.x.copy_(self.grad)
+            self.grad.zero_()
+
+    def _parts(self) -> Iterator[slice]:
+        part = PART.get(self.device.type, PART["cpu"])
+        for start in range(0, self.size, part):
+            yield slice(start, min(self.size, start + part))
+
+    def _put(self, here: slice, weights: Tensor, what: str) -> None:
+        """Writes fp32 weights to ``x``; as bf16 by a chance that the step, what is done in it, and the place decide."""
+        if self.x.dtype == torch.bfloat16:
+            key = draw(self.config.seed, "rounding", what, self.steps)
+            weights = round_by_chance(weights, key, self._place + here.start)
+        self.x[here] = weights
+
     def state(self, point: SavePoint, *, pending: int = 0) -> State:
         """A copy of everything, named by ``point``."""
 
-        def copy(vector: Tensor) -> Tensor:
-            return vector.detach().to("cpu", copy=True)
-
+        m, v = self.moments.vectors()
         return State(
             point=point,
-            g=self.g.detach().cpu(),
-            x=copy(self.x),
-            m=copy(self.m),
-            v=copy(self.v),
+            g=self.g,
+            x=self.x.detach().to("cpu", torch.float32, copy=True),
+            m=m,
+            v=v,
             updates=self.updates,
-            momentum=None if self.momentum is None else copy(self.momentum),
-            unsent=None if self.unsent is None else copy(self.unsent),
+            momentum=None if self.momentum is None else self.momentum.clone(),
+            unsent=None if self.unsent is None else self.unsent.clone(),
             pending=pending,
         )
 
     def load(self, state: State) -> None:
         """Takes over a state made for the same layers."""
-        self.g = state.g.to(self.device)
+        self.g = state.g
         self.x.copy_(state.g if state.x is None else state.x)
-        for own, kept in ((self.m, state.m), (self.v, state.v)):
-            own.zero_() if kept is None else own.copy_(kept)
-        self.momentum = None if state.momentum is None else state.momentum.to(self.device, copy=True)
-        self.unsent = None if state.unsent is None else state.unsent.to(self.device, copy=True)
+        self.moments.load(state.m, state.v)
+        self.momentum = None if state.momentum is None else state.momentum.clone()
+        self.unsent = None if state.unsent is None else state.unsent.clone()
         self.updates, self.steps = state.updates, state.point.step
-        for entry in self.optimizer.state.values():
+        for entry in self._optimizer.state.values() if self._optimizer is not None else ():
             entry["step"].fill_(state.updates)
         self.grad.zero_()
 

@@ -156,6 +156,7 @@ class Synchronizer:
                 unsent[here] = residual
             else:
                 x[here].add_(residual, alpha=self.sync.decay)
+            del mean, residual  # makes room
         self.counted_from = before.point.step
         if not all(math.isfinite(end) for end in torch.aminmax(g)):
             if len(self.peers) == 1:
@@ -322,10 +323,9 @@ def apply(stage: Stage, outcome: Outcome, *, late: bool) -> None:
     """Puts a round into the weights: exactly if nothing trained since its capture, else as a shift (``late``)."""
     state = outcome.state
     assert state.x is not None
-    stage.g = state.g.to(stage.device)
+    stage.g = state.g
     if late:
-        stage.x.add_(outcome.shift.to(stage.device))
+        stage.shift(outcome.shift)
     else:
-        stage.x.copy_(state.x)
-    stage.momentum = None if state.momentum is None else state.momentum.to(stage.device)
-    stage.unsent = None if state.unsent is None else state.unsent.to(stage.device)
+        stage.place(state.x)
+    stage.momentum, stage.unsent = state.momentum, state.unsent

@@ -120,6 +120,13 @@ class SimStage:
         self.x = Vector(state.content.counters + state.delta)
         self.grad = 0
 
+    @contextmanager
+    def at_reference(self) -> Iterator[None]:
+        training = self.x.clone()
+        self.x.copy_(self.g)
+        yield
+        self.x.copy_(training)
+
     def named(self, _: object) -> dict[str, Any]:
         return {}
 
@@ -354,7 +361,7 @@ class SimEngine(Engine):
             fiber.Executor(worker.kernel, worker.process, worker.bell) for _ in range(2)
         )
 
-    def _build(self, layers: tuple[int, int]) -> Any:
+    def _build(self, layers: tuple[int, int], device: str = "") -> Any:
         return SimStage(self.worker, *layers)
 
     def _take_seat(self, plan: Any, view: View) -> None:
