@@ -40,7 +40,11 @@ function fill(node, row) {
   text(score, figure(row.score?.value));
   text(range, interval(row.score));
   attribute(scroll, "aria-label", `Tasks of ${words(row.suite)}, step ${whole(row.step)}`);
-  const skipped = (row.tasks ?? []).filter((task) => task.skipped).map((task) => `${words(task.name)} is skipped: ${words(task.skipped)}.`);
+  const reasons = new Map();
+  for (const task of row.tasks ?? []) {
+    if (task.skipped) reasons.set(task.skipped, [...(reasons.get(task.skipped) ?? []), words(task.name)]);
+  }
+  const skipped = [...reasons].map(([why, names]) => `Skipped ${names.join(", ")}: ${why}.`);
   text(note, [`Recorded at ${clock(row.time)}.`, ...skipped].join(" "));
   list(scroll.firstChild.lastChild, row.tasks ?? [], (task) => `${task.name} ${task.metric}`, makeTask, fillTask);
 }

@@ -296,7 +296,7 @@ async def test_evaluations_come_when_there_are_some_and_unfold(tmp_path: Path) -
             "0.000 … 0.600",
             "0.333",
             "0.800",
-            "brown is skipped: its texts are missing.",
+            "Skipped brown: its texts are missing.",
         ):
             assert text in shown, text
         source.scores = scores(30, 0.75) + source.scores
