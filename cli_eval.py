@@ -117,9 +117,7 @@ def _plan(model: Path, options: dict[str, Any]) -> Plan:
 
 
 def _evaluate(model: Path, options: dict[str, Any]) -> None:
-    from msgspec.structs import replace
-
-    from .worker.evaluation.checkpoints import checkpoint, keep
+    from .worker.evaluation.checkpoints import checkpoint, keep, of_run
     from .worker.evaluation.run import evaluate
 
     plan = _plan(model, options)
@@ -129,7 +127,7 @@ def _evaluate(model: Path, options: dict[str, Any]) -> None:
     at = checkpoint(model)
     found = evaluate(plan, _progress)
     if at:
-        found = replace(found, step=at.step)
+        found = of_run(found, at)
     if to:
         try:
             to.write_bytes(found.encode())

@@ -27,7 +27,7 @@ NEEDED = ("config.json", "model.safetensors.index.json")  # in every published m
 Name = Annotated[str, Meta(max_length=200)]
 Line = Annotated[str, Meta(max_length=2000)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
-Finite = Annotated[float, Meta(ge=-1e12, le=1e12)]
+Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 
 
 class Score(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -50,7 +50,6 @@ function receiveState(state) {
     chart.clear();
     connect();
   }
-  askEvaluations();
   draw();
 }
 
@@ -67,7 +66,7 @@ async function askEvaluations() {
     showEvaluations(rows);
     chart.mark(rows);
   } catch {
-    // The next state asks again.
+    // The next word from the coordinator asks again.
   } finally {
     page.isAsking = false;
   }
@@ -75,6 +74,7 @@ async function askEvaluations() {
 
 function heard() {
   page.heardAt = performance.now();
+  if (page.state) askEvaluations();
   if (page.isLost || !document.body.classList.contains("live")) {
     page.isLost = false;
     showLink("live");

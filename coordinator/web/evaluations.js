@@ -3,8 +3,9 @@
 import { $, attribute, el, list, text } from "./dom.js";
 import { clock, isNumber, loss, NONE, whole, words } from "./format.js";
 
-const interval = (score) => (isNumber(score?.low) && isNumber(score?.high) ? `${loss(score.low)} … ${loss(score.high)}` : NONE);
-const COLUMNS = [["Task"], ["Metric"], ["Score", "n"], ["95 % interval", "n"], ["Rows", "n"], ["Majority", "n"], ["TF-IDF", "n"]];
+const figure = (value) => loss(value).replace(/^-0\.000$/, "0.000").replace("-", "−");
+const interval = (score) => (isNumber(score?.low) && isNumber(score?.high) ? `${figure(score.low)} … ${figure(score.high)}` : NONE);
+const COLUMNS = [["Task"], ["Score", "n"], ["95 % interval", "n"], ["Metric"], ["Rows", "n"], ["Majority", "n"], ["TF-IDF", "n"]];
 
 export function showEvaluations(rows) {
   $("evaluations-card").hidden = !rows.length;
@@ -26,7 +27,7 @@ function make() {
   const scroll = el("div", "scroll", table);
   attribute(scroll, "tabindex", "0");
   attribute(scroll, "role", "region");
-  const note = el("p", "muted");
+  const note = el("p", "muted peer-text");
   return el("details", "evaluation", summary, scroll, note);
 }
 
@@ -36,10 +37,15 @@ function fill(node, row) {
   text(step, `step ${whole(row.step)}`);
   text(what.children[0], words(row.suite));
   text(what.children[1], row.label ? String(row.label) : "no task has a score");
-  text(score, loss(row.score?.value));
+  text(score, figure(row.score?.value));
   text(range, interval(row.score));
   attribute(scroll, "aria-label", `Tasks of ${words(row.suite)}, step ${whole(row.step)}`);
-  text(note, `Recorded at ${clock(row.time)}`);
+  const reasons = new Map();
+  for (const task of row.tasks ?? []) {
+    if (task.skipped) reasons.set(task.skipped, [...(reasons.get(task.skipped) ?? []), words(task.name)]);
+  }
+  const skipped = [...reasons].map(([why, names]) => `Skipped ${names.join(", ")}: ${why}.`);
+  text(note, [`Recorded at ${clock(row.time)}.`, ...skipped].join(" "));
   list(scroll.firstChild.lastChild, row.tasks ?? [], (task) => `${task.name} ${task.metric}`, makeTask, fillTask);
 }
 
@@ -50,13 +56,12 @@ function makeTask() {
 }
 
 function fillTask(node, task) {
-  const [name, metric, score, range, rows, majority, tfidf] = node.children;
+  const [name, score, range, metric, rows, majority, tfidf] = node.children;
   text(name, words(task.name));
   text(metric, `${words(task.metric)}${task.lower_is_better ? " (lower is better)" : ""}`);
-  text(score, task.score ? loss(task.score.value) : "skipped");
-  attribute(node, "title", task.skipped ? String(task.skipped) : "");
+  text(score, task.score ? figure(task.score.value) : "skipped");
   text(range, interval(task.score));
   text(rows, whole(task.score?.n));
-  text(majority, loss(task.majority));
-  text(tfidf, loss(task.tfidf));
+  text(majority, figure(task.majority));
+  text(tfidf, figure(task.tfidf));
 }

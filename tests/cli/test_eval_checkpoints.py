@@ -60,6 +60,7 @@ def test_the_result_is_left_in_a_published_step(run, model):
     assert f"written for the run's history, step 240: {folder / FILE}" in done.output
     found = parse((folder / FILE).read_bytes(), FILE, 240)
     assert [task.metric for task in found.tasks][:2] == ["bits-per-byte", "prefix-gain"] and found.tasks[0].score
+    assert str(run) not in (folder / FILE).read_text()
     assert json.loads(Path("a.json").read_text()) == json.loads((folder / FILE).read_text())
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 

@@ -265,7 +265,7 @@ def scores(step: int, value: float) -> list[dict[str, Any]]:
     score = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 60}
     tasks = [
         {"name": HOSTILE, "metric": "macro-f1", "score": score, "majority": 0.333, "tfidf": 0.8},
-        {"name": "mine", "metric": "bits-per-byte", "score": score, "lower_is_better": True},
+        {"name": "mine", "metric": "bits-per-byte", "score": {**score, "low": -0.0001}, "lower_is_better": True},
         {"name": "brown", "metric": "macro-f1", "skipped": "its texts are missing"},
     ]
     row = {"step": step, "suite": "offline", "time": 1.76e9, "label": "mean macro-f1", "score": score, "tasks": tasks}
@@ -291,7 +291,13 @@ async def test_evaluations_come_when_there_are_some_and_unfold(tmp_path: Path) -
         await page.value("document.querySelector('#evaluations summary').click()")
         await page.until("document.querySelector('#evaluations details').open")
         shown = await page.text("evaluations")
-        for text in ("bits-per-byte (lower is better)", "0.333", "0.800", "skipped"):
+        for text in (
+            "bits-per-byte (lower is better)",
+            "0.000 … 0.600",
+            "0.333",
+            "0.800",
+            "Skipped brown: its texts are missing.",
+        ):
             assert text in shown, text
         source.scores = scores(30, 0.75) + source.scores
         source.update(evaluations=9)

@@ -38,6 +38,11 @@ def checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def of_run(found: Evaluation, at: Checkpoint) -> Evaluation:
+    """``found`` as a result of the run's step: named by it, for whoever gets the folder need not know its path here."""
+    return msgspec.structs.replace(found, step=at.step, model=at.folder.name)
+
+
 def keep(found: Evaluation, at: Checkpoint) -> Path:
     """Writes ``found`` into the checkpoint's folder, whole or not at all, and returns the file.
 
@@ -119,7 +124,7 @@ class Watch:
         self._say(f"step {at.step}: evaluating")
         began = time.monotonic()
         try:
-            found = msgspec.structs.replace(self._evaluate(at.folder), step=at.step)
+            found = of_run(self._evaluate(at.folder), at)
             target = keep(found, at)
         except PotluckError:
             if at.is_there:
