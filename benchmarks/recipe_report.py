@@ -100,7 +100,27 @@ def training(found: dict[str, Any]) -> str:
         "targets. Above 0,",
         "the model uses what a causal one cannot see.",
     )
-    return "\n".join(["## UL2R through potluck's workers\n", intro, losses, gain, gains, about])
+    said = filled(*summary(ways, denoisers))
+    return "\n".join(["## UL2R through potluck's workers\n", intro, losses, gain, gains, said, about])
+
+
+def summary(ways: dict[str, list[dict[str, Any]]], denoisers: Sequence[str]) -> list[str]:
+    """What holds at every seed: each UL2R run against the control of the same seed."""
+
+    def where(holds: Callable[[dict[str, float], dict[str, float]], bool], which: Sequence[str]) -> str:
+        pairs = list(zip(ways["ul2r"], ways["causal"], strict=True))
+        found = [name for name in which if all(holds(u["losses"][name], c["losses"][name]) for u, c in pairs)]
+        return ", ".join(found) or "none"
+
+    def gain(loss: dict[str, float]) -> float:
+        return loss["causal"] - loss["prefix"]
+
+    return [
+        f"At every seed the UL2R run's prefix gain is above 0 for: {where(lambda u, c: gain(u) > 0, denoisers)};",
+        f"above the control's for: {where(lambda u, c: gain(u) > gain(c), denoisers)}.",
+        f"Its loss is below the control's for: {where(lambda u, c: u['prefix'] < c['prefix'], denoisers)};",
+        f"above it for: {where(lambda u, c: u['prefix'] > c['prefix'], [*denoisers, 'causal'])}.",
+    ]
 
 
 def loading(found: dict[str, Any]) -> str:
@@ -137,7 +157,9 @@ def loading(found: dict[str, Any]) -> str:
         f"hub has them; {whole / 1e9:.2f} GB in fp32. Each stage in a process of its own: its tensors",
         "are brought one by",
         "one into files, mapped, and copied into fp32. Peak resident memory (`VmHWM`) above what the",
-        "process had after its imports; pages of the mapped file count. What training adds is not in it: the reference",
+        "process had after its imports; pages of the mapped file count,",
+        "and memory that the imports left free is used",
+        "first. What training adds is not in it: the reference",
         f"weights, the gradient and AdamW's two moments. {found['machine']}.",
     )
     title = "## Beginning from a checkpoint: no process holds the whole model\n"

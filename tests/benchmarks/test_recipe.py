@@ -111,7 +111,11 @@ def test_the_page_has_the_numbers_of_both_parts(tmp_path: Path) -> None:
     conditions = dict.fromkeys(
         ["parameters", "pretrain", "steps", "tokens_a_step", "seq_len", "pretrain_lr", "lr", "warmup", "seeds"], 7
     )
-    ways = {way: [{"losses": losses(4.0 + i), "seconds": 10.0} for i in range(3)] for way in recipe_report.WAYS}
+    ways = {
+        way: [{"losses": losses(at + i), "seconds": 10.0} for i in range(3)]
+        for way, at in (("ul2r", 4.0), ("causal", 4.5))
+    }
+    ways["causal"][1]["losses"]["S"] = losses(4.9)["S"]
     found = {"conditions": conditions | {"examples": 256}, "start": {"losses": losses(8.5)}, "ways": ways}
     recipe_report.update(tmp_path, "training", found)
     stage = {"layers": [0, 7], "own": 100e6, "bare": 200e6, "peak": 310e6}
@@ -120,6 +124,9 @@ def test_the_page_has_the_numbers_of_both_parts(tmp_path: Path) -> None:
     page = (tmp_path / "RECIPE.md").read_text()
     assert "| + 7 steps UL2R | 5.000 (4.000 to 6.000)" in page and "| start | 8.500 |" in page
     assert "+0.2500" in page
+    said = " ".join(page.split())
+    assert "above 0 for: S, R (3, 0.15), X (32, 0.15), X (3, 0.5); above the control's for: none." in said
+    assert "below the control's for: R (3, 0.15), X (32, 0.15), X (3, 0.5); above it for: none." in said
     assert "| stage 0: layers 0 to 6 | 100 | 110 | 1.10 | 28% |" in page
     assert "| coordinator, hashing all | - | 4 | - | 1.0% |" in page
     assert max(map(len, page.splitlines())) <= 200
