@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from .recipe_data import MIX, TOKENS, VOCABULARY
+from potluck.coordinator.recipes.words import N_MODES
+
+from .recipe_data import MIX, SPARE, TOKENS, VOCABULARY
 
 JSON_FILE, FILE = "recipe.json", "RECIPE.md"
 WAYS = {"ul2r": "UL2R", "causal": "causal (control)"}
@@ -72,33 +74,29 @@ def training(found: dict[str, Any]) -> str:
     targets = ", ".join(f"{name} {start['losses'][name]['targets']:,}" for name in names)
     sources = " and ".join(f"{share:.0%} {name}" for name, share in MIX.items())
     about = filled(
-        f"**Conditions.** A GPT-J shape of 4 layers, d = 128, 4 heads, {c['parameters']:,} parameters; {VOCABULARY:,}",
-        "words of an own byte-level BPE, 109 of them sentinels and 3 modes.",
-        f"Text: {sources} by tokens, {TOKENS:,} tokens, the same rows and tokenizer for all runs.",
-        f"{c['tokens_a_step']:,} tokens a step in sequences of {c['seq_len']}; {c['pretrain']} steps of",
-        "pretraining (lr",
-        f"{c['pretrain_lr']:g}), then {c['steps']} steps (lr {c['lr']:g}) of each way, both with",
-        f"{c['warmup']} steps of",
-        f"warm-up and a cosine to the run's end. {c['seeds']} seeds: the mean, and from the lowest to the highest.",
-        "UL2R: half S, a quarter R (mean span 3, 15 % cut out), an eighth each X (32, 15 %) and X (3, 50 %).",
-        "Losses are nats per target, of the published models in stock transformers under masks that are given, on",
-        f"{c['examples']} held-out examples of each denoiser, the same for all models; targets: {targets}.",
-        "`causal`: whole held-out rows. The loss of UL2R training and that of causal training are not comparable.",
-        f"A run of {c['steps']} steps took {min(each):.0f} to {max(each):.0f} s with its processes'",
-        "start and end, on a",
+        f"**Conditions.** `python -m benchmarks.recipe --pretrain {c['pretrain']} --steps {c['steps']}`: a GPT-J shape",
+        f"of 4 layers, d = 128, 4 heads, {c['parameters']:,} parameters; {VOCABULARY:,} words of an own byte-level BPE,",
+        f"{SPARE - N_MODES} of them sentinels and {N_MODES} modes. Text: {sources} by",
+        f"tokens, {TOKENS:,} tokens, the same rows and tokenizer for all runs. {c['tokens_a_step']:,} tokens a",
+        f"step in sequences of {c['seq_len']}; {c['pretrain']} steps of pretraining (lr {c['pretrain_lr']:g}),",
+        f"then {c['steps']} steps (lr {c['lr']:g}) of each way, both with {c['warmup']} steps of warm-up and a",
+        f"cosine to the run's end. {c['seeds']} seeds: the mean, and from the lowest to the highest. UL2R: half S,",
+        "a quarter R (mean span 3, 15 % cut out), an eighth each X (32, 15 %) and X (3, 50 %). Losses are nats",
+        f"per target, of the published models in stock transformers under masks that are given, on {c['examples']}",
+        f"held-out examples of each denoiser, the same for all models; targets: {targets}. `causal`: whole",
+        "held-out rows. The loss of UL2R training and that of causal training are not comparable. A run of",
+        f"{c['steps']} steps took {min(each):.0f} to {max(each):.0f} s with its processes' start and end, on a",
         f"machine that was busy with other things. {found['machine']}.",
     )
     intro = filled(
-        "Every run is a coordinator and four workers as processes of one machine, two stages of two",
-        "replicas, that talk",
-        "over loopback with the default codecs (activations and gradients int4, weights 2 bits in fragments every 20",
-        "steps). The start is a model pretrained causally and published; the other runs begin from that folder",
-        "(`model.init`).",
+        "Every run is a coordinator and four workers as processes of one machine, two stages of two replicas,",
+        "that talk over loopback with the default codecs (activations and gradients int4, weights 2 bits in",
+        "fragments every 20 steps). The start is a model pretrained causally and published; the other runs begin",
+        "from that folder (`model.init`).",
     )
     gain = filled(
-        "Prefix gain: target loss with a causal mask minus that with the prefix mask, same weights and",
-        "targets. Above 0,",
-        "the model uses what a causal one cannot see.",
+        "Prefix gain: target loss with a causal mask minus that with the prefix mask, same weights and targets.",
+        "Above 0, the model uses what a causal one cannot see.",
     )
     said = filled(*summary(ways, denoisers))
     return "\n".join(["## UL2R through potluck's workers\n", intro, losses, gain, gains, said, about])
@@ -150,17 +148,13 @@ def loading(found: dict[str, Any]) -> str:
         "of the whole model",
     ]
     about = filled(
-        f"**Conditions.** `python -m benchmarks.loading --d-model {found['d_model']} --layers",
-        f"{found['layers']}`: a GPT-J",
-        f"shape of random fp16 weights, {found['stored_nbytes'] / 1e9:.2f} GB in {found['files']}",
-        "safetensors files as the",
-        f"hub has them; {whole / 1e9:.2f} GB in fp32. Each stage in a process of its own: its tensors",
-        "are brought one by",
-        "one into files, mapped, and copied into fp32. Peak resident memory (`VmHWM`) above what the",
-        "process had after its imports; pages of the mapped file count,",
-        "and memory that the imports left free is used",
-        "first. What training adds is not in it: the reference",
-        f"weights, the gradient and AdamW's two moments. {found['machine']}.",
+        f"**Conditions.** `python -m benchmarks.loading --d-model {found['d_model']} --layers {found['layers']}`:",
+        f"a GPT-J shape of random fp16 weights, {found['stored_nbytes'] / 1e9:.2f} GB in {found['files']}",
+        f"safetensors files as the hub has them; {whole / 1e9:.2f} GB in fp32. Each stage in a process of its own:",
+        "its tensors are brought one by one into files, mapped, and copied into fp32. Peak resident memory",
+        "(`VmHWM`) above what the process had after its imports; pages of the mapped file count, and memory that",
+        "the imports left free is used first. What training adds is not in it: the reference weights, the",
+        f"gradient and AdamW's two moments. {found['machine']}.",
     )
     title = "## Beginning from a checkpoint: no process holds the whole model\n"
     return "\n".join([title, table(headings, rows), about])
