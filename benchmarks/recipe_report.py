@@ -75,8 +75,8 @@ def training(found: dict[str, Any]) -> str:
     sources = " and ".join(f"{share:.0%} {name}" for name, share in MIX.items())
     about = filled(
         f"**Conditions.** `python -m benchmarks.recipe --pretrain {c['pretrain']} --steps {c['steps']}`: a GPT-J shape",
-        f"of 4 layers, d = 128, 4 heads, {c['parameters']:,} parameters; {VOCABULARY:,} words of an own byte-level BPE,",
-        f"{SPARE - N_MODES} of them sentinels and {N_MODES} modes. Text: {sources} by",
+        f"of 4 layers, d = 128, 4 heads, {c['parameters']:,} parameters; {VOCABULARY:,} words of an own",
+        f"byte-level BPE, {SPARE - N_MODES} of them sentinels and {N_MODES} modes. Text: {sources} by",
         f"tokens, {TOKENS:,} tokens, the same rows and tokenizer for all runs. {c['tokens_a_step']:,} tokens a",
         f"step in sequences of {c['seq_len']}; {c['pretrain']} steps of pretraining (lr {c['pretrain_lr']:g}),",
         f"then {c['steps']} steps (lr {c['lr']:g}) of each way, both with {c['warmup']} steps of warm-up and a",
