@@ -166,7 +166,7 @@ def show_memory(config: RunConfig, vocab_size: int, stages: int) -> None:
     model, size = config.model, config.pipeline.microbatch_size
     title = f"memory of a stage in GB (10^9 bytes), {stages} stages, microbatches of {size} x {model.seq_len}"
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("dtype", "bits", "recompute", "stage", "layers", "GPU", "beside it", "without GPU", "smallest card"):
+    for name in ("dtype", "bits", "again", "stage", "layers", "GPU", "beside", "CPU only", "card"):
         table.add_column(name, justify="right")
     for choice in CHOICES:
         on_gpus, on_cpus = (footprints(choice.within(config), vocab_size, layers, d) for d in ("cuda", "cpu"))
@@ -184,7 +184,8 @@ def show_memory(config: RunConfig, vocab_size: int, stages: int) -> None:
             )
     console.print(table)
     console.print(
-        "Bold: as run.yaml has it (model.dtype, optimizer.bits, pipeline.recompute). Beside it: in the machine's"
-        " memory. A stage that is left out takes what the one before it does.",
+        "Bold: as run.yaml has it (model.dtype, optimizer.bits; again: pipeline.recompute). Beside: in the machine's"
+        " memory while a round is on its way. Card: the smallest that holds it. A stage that is left out takes what"
+        " the one before it does.",
         highlight=False,
     )
