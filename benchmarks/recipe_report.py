@@ -96,7 +96,8 @@ def training(found: dict[str, Any]) -> str:
     )
     gain = filled(
         "Prefix gain: target loss with a causal mask minus that with the prefix mask, same weights and targets.",
-        "Above 0, the model uses what a causal one cannot see.",
+        "Above 0, the model does better for seeing its whole prefix; of a model trained with prefixes, a part of",
+        "that may be that it was never asked under a causal mask.",
     )
     said = filled(*summary(ways, denoisers))
     return "\n".join(["## UL2R through potluck's workers\n", intro, losses, gain, gains, said, about])
