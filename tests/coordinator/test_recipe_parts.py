@@ -10,35 +10,14 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from recipe_texts import recipe_of, write_sources
+from recipe_texts import make, recipe_of
 
 from potluck.coordinator.recipes import build as building
 from potluck.coordinator.recipes import examples, texts, words
-from potluck.coordinator.recipes.build import Work, build
 from potluck.protocol import recipe as recipes
 from potluck.protocol.errors import ConfigError
 from potluck.protocol.manifest import Manifest
-from potluck.protocol.recipe import Recipe, SourceConfig, TokenizerConfig
-from potluck.protocol.strict import convert_to
-
-
-def silent(line: str, share: float) -> None: ...
-
-
-def make(raw: dict[str, Any], out: Path, here: Path, say: Any = silent) -> Manifest:
-    return build(Work(recipe=convert_to(Recipe, raw, "recipe.yaml")), out, here, say)
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sources(tmp_path_factory.mktemp("sources"))
-
-
-@pytest.fixture(scope="module")
-def built(here: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    out = tmp_path_factory.mktemp("built") / "corpus"
-    return out, make(recipe_of(), out, here)
-
+from potluck.protocol.recipe import SourceConfig, TokenizerConfig
 
 # What is wrong with a recipe.
 

@@ -7,37 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from recipe_texts import recipe_of, write_sources
+from recipe_texts import make, recipe_of, silent, write_sources
 from tokenizers import Tokenizer
 
 from potluck.coordinator import corpus
 from potluck.coordinator.recipes import build as building
 from potluck.coordinator.recipes import rendered, streams, words
-from potluck.coordinator.recipes.build import BUILDING, Work, build, whole_shares
+from potluck.coordinator.recipes.build import BUILDING, whole_shares
 from potluck.protocol import config as run_yaml
 from potluck.protocol.errors import ConfigError, StateError
 from potluck.protocol.failpoints import Action, arm, failpoint
 from potluck.protocol.manifest import MANIFEST_FILE, SHARDS_FOLDER, TOKENIZER_FILE, WHOLE, Manifest
-from potluck.protocol.recipe import Recipe
-from potluck.protocol.strict import convert_to
-
-
-def silent(line: str, share: float) -> None: ...
-
-
-def make(raw: dict[str, Any], out: Path, here: Path, say: Any = silent) -> Manifest:
-    return build(Work(recipe=convert_to(Recipe, raw, "recipe.yaml")), out, here, say)
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sources(tmp_path_factory.mktemp("sources"))
-
-
-@pytest.fixture(scope="module")
-def built(here: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    out = tmp_path_factory.mktemp("built") / "corpus"
-    return out, make(recipe_of(), out, here)
 
 
 def rows(folder: Path, manifest: Manifest, name: str, part: str = "train") -> tuple[np.ndarray, np.ndarray | None]:

@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from potluck.coordinator.recipes.build import Work, build
+from potluck.protocol.manifest import Manifest
+from potluck.protocol.recipe import Recipe
+from potluck.protocol.strict import convert_to
+
 
 def recipe_of(**changes: Any) -> dict[str, Any]:
     """Plain data of a recipe for what :func:`write_sources` writes."""
@@ -58,3 +63,11 @@ def write_sources(folder: Path) -> Path:
     blocks = {f"b{i}": f"Q: {sentence(i, 5)}?\nA: Let's see. {sentence(i, 6)}." for i in range(30)}
     write("cot.json", json.dumps(blocks))
     return folder
+
+
+def silent(line: str, share: float) -> None: ...
+
+
+def make(raw: dict[str, Any], out: Path, here: Path, say: Any = silent) -> Manifest:
+    """Builds a recipe of plain data."""
+    return build(Work(recipe=convert_to(Recipe, raw, "recipe.yaml")), out, here, say)
