@@ -74,7 +74,7 @@ def write_checkpoint(folder: Path, model: ModelConfig, vocab_size: int, shard_nb
             size = 0
         shards[-1].append(name)
         size += nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
@@ -223,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

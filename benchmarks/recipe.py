@@ -1,7 +1,7 @@
 """GPT-JT's recipe in small, through potluck's own workers: does UL2R training teach a model to use its prefix?
 
     pip install 'potluck[worker]'
-    python -m benchmarks.recipe                  (an hour on two cores; interrupted, it goes on where it was)
+    python -m benchmarks.recipe                  (an hour on two cores; started again, it goes on)
 
 A small GPT-J shape is pretrained causally, published, and from there trained on by two ways, as many steps each: UL2R,
 and causally (the control). Every run is a coordinator and four workers (two stages, two replicas each) as processes,
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -144,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
