@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +21,12 @@ _BLOCK = 8 << 20
 
 class Beginning:
     """``fetch(tensor, path)`` brings a tensor's bytes into a file and blocks; files are kept in ``folder``, so that a
-    worker which is started again downloads nothing."""
+    worker which is started again downloads nothing. Thread-safe: who keeps a stage may begin with it, too."""
 
     def __init__(self, weights: Weights, folder: Path, fetch: Callable[[StoredTensor, Path], None]) -> None:
         self._tensors = {tensor.name: tensor for tensor in weights.tensors}
         self._folder, self._fetch = folder, fetch
+        self._bringing = threading.Lock()  # tensors of the same bytes are one file
 
     @torch.no_grad()
     def fill(self, name: str, out: Tensor) -> None:
@@ -36,9 +38,10 @@ class Beginning:
         if tensor is None or tensor.shape != tuple(out.shape):
             raise StateError(f"the run's checkpoint has no {name} of {tuple(out.shape)}", hint="Tell its operator.")
         path = self._folder / tensor.sha256
-        if not self._is_whole(path, tensor):
-            path.unlink(missing_ok=True)
-            self._fetch(tensor, path)
+        with self._bringing:
+            if not self._is_whole(path, tensor):
+                path.unlink(missing_ok=True)
+                self._fetch(tensor, path)
         stored = torch.from_file(str(path), shared=False, size=out.numel(), dtype=DTYPES[tensor.dtype])
         out.copy_(stored.view(out.shape))
 

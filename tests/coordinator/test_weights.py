@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +183,28 @@ def test_bin_files_are_converted_once(tmp_path):
     assert found.weights.sha256 == wanted.weights.sha256
     with pytest.raises(ConfigError, match="there already"):
         convert(source, tmp_path / "new", lambda what, share: None)
+
+
+def test_two_threads_that_need_the_same_bytes_fetch_them_once(tmp_path):
+    """A worker's own stage and one that it keeps: all fresh norms are the same file."""
+    _, config = a_checkpoint(tmp_path / "hub")
+    checkpoint = open_checkpoint(shaped(config), VOCAB, tmp_path)
+    assert checkpoint is not None
+    beginning, asked = brought(checkpoint, tmp_path / "worker")
+    inner, barrier, outs = beginning._fetch, threading.Barrier(2), [torch.empty(32) for _ in range(2)]
+
+    def slow(tensor: StoredTensor, path: Path) -> None:
+        time.sleep(0.2)
+        inner(tensor, path)
+
+    def fill(layer: int) -> None:
+        barrier.wait(5)
+        beginning.fill(f"transformer.h.{layer}.ln_1.weight", outs[layer])
+
+    beginning._fetch = slow
+    threads = [threading.Thread(target=fill, args=(layer,)) for layer in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(asked) == 1 and all(bool((out == 1).all()) for out in outs)
