@@ -18,11 +18,11 @@ import msgspec
 from ..protocol.architecture import of_hf, tensors
 from ..protocol.errors import ConfigError, StateError, WireError
 from ..protocol.model_config import ModelConfig
-from ..protocol.weights import ITEMSIZE, StoredTensor, Weights
+from ..protocol.weights import ITEMSIZE, StoredTensor, Weights, shards_of
 from .publish import read_header
 
 Progress = Callable[[str, float], None]
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 CACHE_FILE = "weights.json"
 _BLOCK = 8 << 20
 
@@ -204,16 +204,8 @@ def _embedding(model: ModelConfig, vocab_size: int) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{folder / INDEX} cannot be used: {error}", hint="Download it again.") from None
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise ConfigError(f"{folder / INDEX} names files outside of its folder", hint="Do not use it.")
-        return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+    if files := shards_of(folder, SINGLE):
+        return files
     hint = f"Convert it once: potluck model convert {folder} NEW_FOLDER" if list(folder.glob("*.bin")) else ""
     raise ConfigError(f"{folder} has no safetensors files", hint=hint or "Name a folder that transformers wrote.")
 

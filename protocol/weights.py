@@ -7,12 +7,14 @@ files: little-endian, row by row.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
-from .errors import StateError
+from .errors import ConfigError, StateError
 from .manifest import is_sha256
 
 StoredDtype = Literal["F32", "F16", "BF16"]
@@ -63,3 +65,18 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             return msgspec.json.decode(text, type=cls)
         except msgspec.DecodeError as error:
             raise StateError(f"the coordinator's list of weights is not usable: {error}", hint="Join again.") from None
+
+
+def shards_of(folder: Path, single: str) -> list[Path]:
+    """The files of a checkpoint that is one file called ``single``, or several with an index beside them; none if it is
+    neither. ``ConfigError`` for an index that cannot be used, or that names files outside of its folder."""
+    index = folder / f"{single}.index.json"
+    if not index.is_file():
+        return [folder / single] if (folder / single).is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{index} cannot be used: {error}", hint="Download it again.") from None
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ConfigError(f"{index} names files outside of its folder", hint="Do not use it.")
+    return [folder / name for name in names]

@@ -48,6 +48,16 @@ def test_packages_import_only_what_the_layout_allows(package):
                 assert name.split(".")[0] not in ("torch", "transformers", "safetensors"), f"{path.name} imports {name}"
 
 
+def test_only_the_command_that_converts_opens_a_pickle():
+    """No run, and nothing that a worker or a coordinator loads, can get there."""
+    everything = [p for p in ROOT.rglob("*.py") if not {"tests", "benchmarks", ".venv", "build"} & set(p.parts)]
+    unpickling = [p.name for p in everything if {"pickle", "torch.load"} & imports(p) or "torch.load(" in p.read_text()]
+    assert unpickling == ["convert.py"]
+    assert [p.name for p in everything if "worker.convert" in p.read_text() or ".convert import" in p.read_text()] == [
+        "cli_model.py"
+    ]
+
+
 def test_compression_is_no_regular_package():
     """A ``compression/__init__.py`` on the path would hide Python 3.14's standard package."""
     assert not (ROOT / "compression" / "__init__.py").exists()

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..protocol.errors import ConfigError, StateError
+from ..protocol.weights import shards_of
 
-INDEX, SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+SINGLE = "pytorch_model.bin"
 _BESIDE = ("*.json", "*.txt", "*.model", "README.md", "LICENSE*")
 
 
@@ -29,7 +30,10 @@ def convert(source: Path, target: Path, say: Callable[[str, float], None]) -> in
 
     ``ConfigError`` if there is nothing to convert or it is damaged, ``StateError`` if ``target`` cannot be written.
     """
-    files = _files(source)
+    files = shards_of(source, SINGLE)
+    if not files:
+        hint = "Name a folder with one; safetensors need not be converted."
+        raise ConfigError(f"{source} has no {SINGLE}", hint=hint)
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target} is there already", hint="Name a new folder.")
     index: dict[str, str] = {}
@@ -53,26 +57,12 @@ def convert(source: Path, target: Path, say: Callable[[str, float], None]) -> in
             (target / "model.safetensors.index.json").write_text(json.dumps(written, indent=2) + "\n")
         for pattern in _BESIDE:
             for path in source.glob(pattern):
-                if path.name != INDEX:
+                if path.name != f"{SINGLE}.index.json":
                     shutil.copyfile(path, target / path.name)
     except OSError as error:
         raise StateError(f"{target}: {error.strerror or error}", hint="Free some space, or name another.") from None
     say(f"{len(index)} tensors", 1.0)
     return len(index)
-
-
-def _files(source: Path) -> list[Path]:
-    if (source / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((source / INDEX).read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{source / INDEX} cannot be used: {error}", hint="Download it again.") from None
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise ConfigError(f"{source / INDEX} names files outside of its folder", hint="Do not use it.")
-        return [source / name for name in names]
-    if (source / SINGLE).is_file():
-        return [source / SINGLE]
-    raise ConfigError(f"{source} has no {SINGLE}", hint="Name a folder with one; safetensors need not be converted.")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def test_two_threads_that_need_the_same_bytes_fetch_them_once(tmp_path):
     inner, barrier, outs = beginning._fetch, threading.Barrier(2), [torch.empty(32) for _ in range(2)]
 
     def slow(tensor: StoredTensor, path: Path) -> None:
-        time.sleep(0.2)
+        time.sleep(0.2)  # for the other to come in, if it could
         inner(tensor, path)
 
     def fill(layer: int) -> None:
@@ -208,3 +208,18 @@ def test_two_threads_that_need_the_same_bytes_fetch_them_once(tmp_path):
     for thread in threads:
         thread.join(10)
     assert len(asked) == 1 and all(bool((out == 1).all()) for out in outs)
+
+
+def test_a_bin_file_that_would_run_code_is_refused(tmp_path):
+    """Converting opens a pickle: torch's restricted reader makes nothing but tensors and containers."""
+
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    source = tmp_path / "old"
+    source.mkdir()
+    torch.save({"weight": torch.ones(2), "more": Hostile()}, source / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        convert(source, tmp_path / "new", lambda what, share: None)
+    assert not (tmp_path / "ran").exists() and not list((tmp_path / "new").glob("*.safetensors"))
