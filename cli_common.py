@@ -52,6 +52,16 @@ def data_home() -> Path:
     return Path(platformdirs.user_data_dir("potluck", appauthor=False))
 
 
+def run_file(run: Path) -> Path:
+    """Where a run is kept, that is named by its file, its data folder or its name; it may not be there."""
+    from .coordinator.snapshot import FILE
+
+    path = run if run.is_file() else run / FILE
+    if not path.exists() and not run.is_dir() and len(run.parts) == 1:
+        path = data_home() / "coordinator" / run / FILE
+    return path
+
+
 def on_interrupt(first: asyncio.Event) -> asyncio.Event:
     """Sets ``first`` on the first Ctrl-C (or SIGTERM), the returned event on the second."""
     second = asyncio.Event()

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .protocol.footprint import CARDS, CHOICES, Choice, fits, footprints
+from .protocol.footprint import CARDS, CHOICES, LORA_CHOICES, Choice, fits, footprints
 from .protocol.plan import Shape
 
 if TYPE_CHECKING:
@@ -116,8 +116,9 @@ def show_estimate(config: RunConfig, found: Estimate, line: Line) -> None:
     console = Console()
     replicas = found.tokens // found.chain_tokens
     parameters = sum(m.parameters for m in found.machines)
+    what = "parameters in adapters" if config.model.train == "lora" else "parameters"
     console.print(
-        f"{config.name}: {parameters / 1e6:,.1f} M parameters, {len(found.machines)} stages x {replicas} replicas,"
+        f"{config.name}: {parameters / 1e6:,.1f} M {what}, {len(found.machines)} stages x {replicas} replicas,"
         f" {found.tokens:,} tokens a step",
         highlight=False,
     )
@@ -162,13 +163,17 @@ def show_memory(config: RunConfig, vocab_size: int, stages: int) -> None:
     """A table: what each stage takes with each choice, and the smallest usual GPU that holds it."""
     console = Console()
     layers = Shape.of(config.model, vocab_size).split(stages)
-    own = Choice(config.model.dtype, config.optimizer.bits, config.pipeline.recompute)
+    own, choices = Choice.of(config), list(CHOICES)
+    if config.model.init:  # a base that adapters could be trained beside
+        choices += LORA_CHOICES
+    if own not in choices:
+        choices.append(own)
     model, size = config.model, config.pipeline.microbatch_size
     title = f"memory of a stage in GB (10^9 bytes), {stages} stages, microbatches of {size} x {model.seq_len}"
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("dtype", "bits", "again", "stage", "layers", "GPU", "beside", "CPU only", "card"):
+    for name in ("train", "dtype", "bits", "again", "stage", "layers", "GPU", "beside", "CPU only", "card"):
         table.add_column(name, justify="right")
-    for choice in CHOICES:
+    for choice in choices:
         on_gpus, on_cpus = (footprints(choice.within(config), vocab_size, layers, d) for d in ("cuda", "cpu"))
         style = "bold" if choice == own else ""
         for i, (gpu, cpu) in enumerate(zip(on_gpus, on_cpus, strict=True)):
@@ -176,7 +181,8 @@ def show_memory(config: RunConfig, vocab_size: int, stages: int) -> None:
                 continue
             card = next((f"{card} GB" for card in CARDS if fits(gpu, card)), "-")
             table.add_row(
-                *(choice.dtype, str(choice.bits), "yes" if choice.recompute else "no", str(i + 1)),
+                *(f"lora, {choice.base}" if choice.base else "full", choice.dtype, str(choice.bits)),
+                *("yes" if choice.recompute else "no", str(i + 1)),
                 f"{layers[i][0]}-{layers[i][1] - 1}",
                 *(f"{nbytes / 1e9:,.2f}" for nbytes in (gpu.on_gpu, gpu.beside_gpu, cpu.on_cpu)),
                 card,
@@ -184,7 +190,8 @@ def show_memory(config: RunConfig, vocab_size: int, stages: int) -> None:
             )
     console.print(table)
     console.print(
-        "Bold: as run.yaml has it (model.dtype, optimizer.bits; again: pipeline.recompute). Beside: in the machine's"
+        "Bold: as run.yaml has it (model.train with model.lora.base, model.dtype, optimizer.bits; again:"
+        " pipeline.recompute). Beside: in the machine's"
         " memory while a round is on its way. Card: the smallest that holds it. A stage that is left out takes what"
         " the one before it does.",
         highlight=False,

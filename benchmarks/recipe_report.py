@@ -15,19 +15,20 @@ import torch
 
 from potluck.coordinator.recipes.words import N_MODES
 
-from .recipe_data import MIX, SPARE, TOKENS, VOCABULARY
+from .pretrained import SPARE_WORDS
+from .recipe_data import MIX, SEQ_LEN, SPARE, TOKENS, VOCABULARY
 
 JSON_FILE, FILE = "recipe.json", "RECIPE.md"
 WAYS = {"ul2r": "UL2R", "causal": "causal (control)"}
 _HEAD = """# GPT-JT's recipe in small
 
-Made by `python -m benchmarks.recipe` and `python -m benchmarks.loading`; do not edit. The numbers are in
-[recipe.json](recipe.json).
+Made by `python -m benchmarks.recipe`, `python -m benchmarks.recipe --checkpoint` and `python -m benchmarks.loading`; do
+not edit. The numbers are in [recipe.json](recipe.json).
 """
 
 
 def update(docs: Path, part: str, found: dict[str, Any]) -> None:
-    """Replaces ``part`` (``training`` or ``loading``) of the results and writes the page anew."""
+    """Replaces ``part`` (``training``, ``checkpoint`` or ``loading``) of the results and writes the page anew."""
     path = docs / JSON_FILE
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known[part] = found | {
@@ -39,6 +40,8 @@ def update(docs: Path, part: str, found: dict[str, Any]) -> None:
     parts = [_HEAD]
     if "training" in known:
         parts.append(training(known["training"]))
+    if "checkpoint" in known:
+        parts.append(checkpoint(known["checkpoint"]))
     if "loading" in known:
         parts.append(loading(known["loading"]))
     (docs / FILE).write_text("\n".join(parts), encoding="utf-8")
@@ -57,6 +60,51 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def training(found: dict[str, Any]) -> str:
+    """From a small model that was pretrained for it."""
+    c = found["conditions"]
+    sources = " and ".join(f"{share:.0%} {name}" for name, share in MIX.items())
+    about = filled(
+        f"**Conditions.** `python -m benchmarks.recipe --pretrain {c['pretrain']} --steps {c['steps']}`: a GPT-J shape",
+        f"of 4 layers, d = 128, 4 heads, {c['parameters']:,} parameters; {VOCABULARY:,} words of an own",
+        f"byte-level BPE, {SPARE - N_MODES} of them sentinels and {N_MODES} modes. Text: {sources} by",
+        f"tokens, {TOKENS:,} tokens, the same rows and tokenizer for all runs. {c['pretrain']} steps of pretraining",
+        f"(lr {c['pretrain_lr']:g}), then {c['steps']} steps of each way.",
+        *measured(found),
+    )
+    intro = filled(
+        "Every run is a coordinator and four workers as processes of one machine, two stages of two replicas,",
+        "that talk over loopback with the default codecs (activations and gradients int4, weights 2 bits in",
+        "fragments every 20 steps). The start is a model pretrained causally and published; the other runs begin",
+        "from that folder (`model.init`).",
+    )
+    gain = filled(
+        "Prefix gain: target loss with a causal mask minus that with the prefix mask, same weights and targets.",
+        "Above 0, the model does better for seeing its whole prefix; of a model trained with prefixes, a part of",
+        "that may be that it was never asked under a causal mask.",
+    )
+    losses, gains, said = compared(found)
+    return "\n".join(["## UL2R through potluck's workers\n", intro, losses, gain, gains, said, about])
+
+
+def checkpoint(found: dict[str, Any]) -> str:
+    """From a model that others have pretrained."""
+    c = found["conditions"]
+    sources = " and ".join(f"{share:.0%} {name}" for name, share in MIX.items())
+    intro = filled(
+        f"The same from {c['model']}, a Llama of 30 layers and 135 M parameters that was pretrained causally. All of",
+        "its weights are trained, with moments in 8 bits.",
+    )
+    about = filled(
+        f"**Conditions.** `python -m benchmarks.recipe --checkpoint --steps {c['steps']} --seeds {c['seeds']}`: the",
+        f"published 4-bit weights, dequantized; {len(SPARE_WORDS) - N_MODES} of its tokenizer's special words",
+        f"serve as sentinels and {N_MODES} as modes, so span examples are short. Text: {sources} by tokens.",
+        *measured(found),
+    )
+    return "\n".join(["## From a really pretrained model\n", intro, *compared(found), about])
+
+
+def compared(found: dict[str, Any]) -> tuple[str, str, str]:
+    """Tables of losses and of gains, and what holds at every seed."""
     c, start, ways = found["conditions"], found["start"], found["ways"]
     names = list(start["losses"])
     denoisers = [name for name in names if name != "causal"]
@@ -70,37 +118,24 @@ def training(found: dict[str, Any]) -> str:
 
     losses = table(["target loss, prefix mask", *names], rows(lambda loss: loss["prefix"], ".3f", names))
     gains = table(["prefix gain", *denoisers], rows(lambda loss: loss["causal"] - loss["prefix"], "+.4f", denoisers))
-    each = [result["seconds"] for results in ways.values() for result in results]
-    targets = ", ".join(f"{name} {start['losses'][name]['targets']:,}" for name in names)
-    sources = " and ".join(f"{share:.0%} {name}" for name, share in MIX.items())
-    about = filled(
-        f"**Conditions.** `python -m benchmarks.recipe --pretrain {c['pretrain']} --steps {c['steps']}`: a GPT-J shape",
-        f"of 4 layers, d = 128, 4 heads, {c['parameters']:,} parameters; {VOCABULARY:,} words of an own",
-        f"byte-level BPE, {SPARE - N_MODES} of them sentinels and {N_MODES} modes. Text: {sources} by",
-        f"tokens, {TOKENS:,} tokens, the same rows and tokenizer for all runs. {c['tokens_a_step']:,} tokens a",
-        f"step in sequences of {c['seq_len']}; {c['pretrain']} steps of pretraining (lr {c['pretrain_lr']:g}),",
-        f"then {c['steps']} steps (lr {c['lr']:g}) of each way, both with {c['warmup']} steps of warm-up and a",
-        f"cosine to the run's end. {c['seeds']} seeds: the mean, and from the lowest to the highest. UL2R: half S,",
-        "a quarter R (mean span 3, 15 % cut out), an eighth each X (32, 15 %) and X (3, 50 %). Losses are nats",
+    return losses, gains, filled(*summary(ways, denoisers))
+
+
+def measured(found: dict[str, Any]) -> list[str]:
+    """Sentences on what all studies have in common."""
+    c, losses = found["conditions"], found["start"]["losses"]
+    targets = ", ".join(f"{name} {loss['targets']:,}" for name, loss in losses.items())
+    each = [result["seconds"] for results in found["ways"].values() for result in results]
+    return [
+        f"{c['step_tokens']:,} tokens a step in sequences of {SEQ_LEN}, lr {c['lr']:g}, {c['warmup']} steps of warm-up",
+        f"and a cosine to the run's end. {c['seeds']} seeds: the mean, and from the lowest to the highest. UL2R: half",
+        "S, a quarter R (mean span 3, 15 % cut out), an eighth each X (32, 15 %) and X (3, 50 %). Losses are nats",
         f"per target, of the published models in stock transformers under masks that are given, on {c['examples']}",
         f"held-out examples of each denoiser, the same for all models; targets: {targets}. `causal`: whole",
         "held-out rows. The loss of UL2R training and that of causal training are not comparable. A run of",
         f"{c['steps']} steps took {min(each):.0f} to {max(each):.0f} s with its processes' start and end, on a",
         f"machine that was busy with other things. {found['machine']}.",
-    )
-    intro = filled(
-        "Every run is a coordinator and four workers as processes of one machine, two stages of two replicas,",
-        "that talk over loopback with the default codecs (activations and gradients int4, weights 2 bits in",
-        "fragments every 20 steps). The start is a model pretrained causally and published; the other runs begin",
-        "from that folder (`model.init`).",
-    )
-    gain = filled(
-        "Prefix gain: target loss with a causal mask minus that with the prefix mask, same weights and targets.",
-        "Above 0, the model does better for seeing its whole prefix; of a model trained with prefixes, a part of",
-        "that may be that it was never asked under a causal mask.",
-    )
-    said = filled(*summary(ways, denoisers))
-    return "\n".join(["## UL2R through potluck's workers\n", intro, losses, gain, gains, said, about])
+    ]
 
 
 def summary(ways: dict[str, list[dict[str, Any]]], denoisers: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from potluck.worker.model import StageModule
 from potluck.worker.pipeline import Pipeline
 from potluck.worker.stage import Stage
 from potluck.worker.sync import Outcome, Synchronizer, apply
+from potluck.worker.tracing import Posted
 
 RUN = b"parity00"
 CLOSING = "closing"  # weights in the round that ends a run, in which nothing is left out
@@ -69,6 +70,9 @@ class MemoryWire:
 
     def holds(self, address: Address) -> bool:
         return self.memory.boxes[self.peer].holds(address)
+
+    def told(self, step: int) -> dict[Posted, float]:
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

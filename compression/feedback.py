@@ -46,13 +46,13 @@ class ErrorFeedback:
         if mask.count == self.n:
             self._kept = left
             return
-        if self._kept is None:
-            self._kept = torch.zeros(self.n)
-        mask.put(self._kept, left)
+        kept = torch.zeros(self.n) if self._kept is None else self._kept.clone()
+        mask.put(kept, left)
+        self._kept = kept
 
     def state(self) -> Tensor | None:
-        """The buffer for a checkpoint (a copy), or None while it is zero."""
-        return None if self._kept is None else self._kept.clone()
+        """The buffer for a checkpoint, or None while it is zero. It is replaced, never written to."""
+        return self._kept
 
     def load(self, state: Tensor | None) -> None:
         """Take up the buffer that `state` returned; ValueError if it is of another shard or not finite."""
@@ -61,7 +61,7 @@ class ErrorFeedback:
                 raise ValueError(f"a shard of {self.n} elements was given a state of shape {tuple(state.shape)}")
             if not torch.isfinite(state).all():
                 raise ValueError("the residual has infinite or NaN elements")
-            state = state.detach().to(torch.float32, copy=True)
+            state = state.detach().to(torch.float32)
         self._kept = state
 
     def _check(self, mask: Mask, values: Tensor) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import yaml
 
-from ..protocol.architecture import TITLES
-from ..protocol.config import RunConfig
+from ..protocol.architecture import TITLES, tensors, weights
+from ..protocol.config import ModelConfig, RunConfig
 from ..protocol.evaluation import Score
 from ..protocol.manifest import Manifest
 from ..protocol.plan import Shape
+from .adapters import FOLDER
+from .dashboard.scores import Scores
 from .events import Evaluated
-from .scores import Scores
 from .store import Store
 
 UNKNOWN = "unknown"
@@ -95,7 +96,7 @@ def model_card(config: RunConfig, manifest: Manifest, facts: Facts) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["potluck", model.architecture],
     }
-    count = Shape.of(config.model, manifest.vocab_size).size(0, model.layers)
+    count = weights(tensors(model, manifest.vocab_size, 0, model.layers))
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
@@ -118,6 +119,8 @@ def model_card(config: RunConfig, manifest: Manifest, facts: Facts) -> str:
         lines.append(f"- Held-out loss: {facts.heldout_loss:.4f} nats per token.")
     if facts.base:
         lines.append(f"- Begun from {plain(facts.base)}.")
+    if model.train == "lora":
+        lines.append(adapted(model, manifest.vocab_size))
     if facts.run:
         lines.append(f"- Run: {code(facts.run)}, seed {config.seed}.")
     if manifest.masked:
@@ -149,9 +152,27 @@ def model_card(config: RunConfig, manifest: Manifest, facts: Facts) -> str:
         total = sum(facts.traffic.values())
         lines.append(f"| all | {total:,} | {total / tokens:,.1f} |")
     if facts.digests:
-        lines += ["", "## Weights", "", f"SHA-256 of each stage's fp32 weights after step {facts.step:,}:", ""]
+        what = "fp32 adapters" if model.train == "lora" else "fp32 weights"
+        lines += ["", "## Weights", "", f"SHA-256 of each stage's {what} after step {facts.step:,}:", ""]
         lines += [f"- stage {i}: `{plain(digest)}`" for i, digest in enumerate(facts.digests)]
     return "\n".join(lines) + "\n"
+
+
+def adapted(model: ModelConfig, vocab_size: int) -> str:
+    """A line on what was trained where it is not the whole model."""
+    count, lora = Shape.of(model, vocab_size).size(0, model.layers), model.lora
+    line = (
+        f"- Trained: adapters (LoRA) of rank {lora.rank}, alpha {lora.alpha:g}, at"
+        f" {', '.join(map(code, model.targets))}: {count / 1e6:,.1f} million weights. They are merged into the"
+        f" checkpoint's own weights, in its dtype; by themselves they lie in `{FOLDER}`, in the layout of PEFT."
+    )
+    if lora.base == "fp32":
+        return line
+    base = "four bits (NF4)" if lora.base == "4bit" else "bf16"
+    return line + (
+        f" While they were trained, the base's matrices were rounded to {base}: held-out losses of the run are of that"
+        " base, and this model's own may differ a little."
+    )
 
 
 def evaluated(found: Evaluated) -> list[str]:

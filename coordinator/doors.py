@@ -26,8 +26,10 @@ from ..protocol.multiaddr import ANYWHERE, encode_id
 from ..protocol.plan import Plan, SavePoint
 from .addresses import confirmed, seen_from
 from .hub import Hub, Line
+from .masking import masked
 from .publish import Publisher, unwritten
-from .state import Member, Unpublished
+from .state import Caps, Member, Unpublished
+from .turn import BANNED_HINT, banned
 from .weights import Span
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ HELLO_SECONDS = 15.0
 MAX_SAVEPOINTS = 64
 MAX_ADDRESSES = 8
 MAX_LINES = 10_000
+MAX_MBPS = 1e6
+MAX_THREADS = 4096
 ADDRESS = re.compile(r"^(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9.-]{1,253}):[0-9]{1,5}$")
 
 
@@ -169,15 +173,27 @@ class Doors:
         for number in (hello.memory_gb, hello.speed):
             if not (math.isfinite(number) and 0 < number < 1e6):
                 raise WireError("the hello offers an impossible machine")
+        if not all(math.isfinite(cap) and 0 <= cap < MAX_MBPS for cap in (hello.upload_mbps, hello.state_mbps)):
+            raise WireError("the hello names an impossible limit")
+        if hello.threads > MAX_THREADS:
+            raise WireError("the hello names an impossible number of cores")
         if len(self.hub.lines) >= MAX_LINES:
             raise RefusedError("the coordinator is full", hint="Try again later.", code="full")
         peer = peer_id_of(hello.public_key)
+        if (ban := self.hub.state.bans.get(peer)) is not None:
+            raise RefusedError(banned(ban), hint=BANNED_HINT, code="banned")
         return Member(
             peer=peer,
             name=plain(hello.name) or f"worker-{peer[:6]}",
             device=plain(hello.device) or "cpu",
             memory_gb=hello.memory_gb,
             speed=hello.speed,
+            region=plain(hello.region),
+            caps=Caps(
+                upload_mbps=hello.upload_mbps or None,
+                state_mbps=hello.state_mbps or None,
+                threads=hello.threads or None,
+            ),
             addresses=tuple(hello.addresses),
             session=bytes(hello.session),
             savepoints=frozenset(SavePoint.from_proto(s) for s in hello.savepoints),
@@ -267,5 +283,6 @@ class Doors:
 
 
 def plain(text: str) -> str:
-    """A peer's text as a name: letters, digits and ``_.-`` only, at most 32."""
-    return re.sub(r"[^A-Za-z0-9 _.-]", "", text)[:32].strip()
+    """A peer's text as a name: letters, digits and ``_.-`` only, at most 32; an address is none, as all see it."""
+    text = text[:200]
+    return "" if masked(text) != text else re.sub(r"[^A-Za-z0-9 _.-]", "", text)[:32].strip()

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ..protocol.errors import StateError
 from ..protocol.evaluation import FILE, MOST_NBYTES, STEP, file_name, parse
+from .dashboard.scores import told
 from .events import Evaluated, EvaluationIgnored, Published
-from .scores import told
 from .state import Noted
 from .store import Store
 

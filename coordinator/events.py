@@ -5,21 +5,19 @@ Log, dashboard and history are folds of these; nothing parses text back.
 
 from __future__ import annotations
 
-from msgspec import Struct
+from functools import reduce
+from operator import or_
+
+import msgspec
 
 from ..protocol.evaluation import Score, TaskSummary
-
-
-class Event(Struct, frozen=True, kw_only=True, tag=True):
-    """Base: ``text`` is the line that a person reads."""
-
-    @property
-    def kind(self) -> str:
-        return type(self).__name__
-
-    @property
-    def text(self) -> str:
-        raise NotImplementedError
+from .event import Event as Event
+from .orders import Banned as Banned
+from .orders import CheckpointAsked as CheckpointAsked
+from .orders import Drained as Drained
+from .orders import Paused as Paused
+from .orders import Resumed as Resumed
+from .orders import Unbanned as Unbanned
 
 
 class RunOpened(Event, frozen=True, kw_only=True):
@@ -34,9 +32,16 @@ class RunOpened(Event, frozen=True, kw_only=True):
 
 
 class PeerJoined(Event, frozen=True, kw_only=True):
+    """What a peer says of itself, and what its owner allows (None: no limit, or nobody said)."""
+
     peer: str
     name: str
     device: str
+    region: str = ""
+    memory_gb: float | None = None
+    threads: int | None = None
+    upload_mbps: float | None = None
+    state_mbps: float | None = None
 
     @property
     def text(self) -> str:
@@ -83,6 +88,8 @@ class PlanIssued(Event, frozen=True, kw_only=True):
     origin: str
     stages: tuple[tuple[str, ...], ...]  # names of the replicas
     shares: tuple[tuple[int, ...], ...] = ()  # of each stage, the microbatches of each replica; none: even
+    peers: tuple[tuple[str, ...], ...] = ()  # ids of the replicas; none: nobody wrote them down yet
+    layers: tuple[tuple[int, int], ...] = ()  # [first, last) of each stage
 
     @property
     def text(self) -> str:
@@ -191,6 +198,17 @@ class Degraded(Event, frozen=True, kw_only=True):
     @property
     def text(self) -> str:
         return f"Nobody came: going on degraded, {self.why}"
+
+
+class PhaseChanged(Event, frozen=True, kw_only=True):
+    """What a batch of inputs has made of the run's phase. Other events tell people why: lists leave this one out."""
+
+    phase: str
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"Now {self.phase}: {self.note}" if self.note else f"Now {self.phase}"
 
 
 class TrainingStarted(Event, frozen=True, kw_only=True):
@@ -350,3 +368,7 @@ class Finished(Event, frozen=True, kw_only=True):
     @property
     def text(self) -> str:
         return f"Finished: {self.step} steps are done and published"
+
+
+QUIET = ("PhaseChanged",)  # kinds that no list of events shows
+DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(reduce(or_, Event.__subclasses__()))  # of stored ones

@@ -21,20 +21,21 @@ from typing import Any
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import StateError
 from ..protocol.failpoints import failpoint, failpoint_async
-from .board import Board
+from .dashboard.board import Board, Shown
+from .events import PhaseChanged
+from .operating import Objection, objection
 from .resume import keep
 from .run import step
 from .standstill import Standstill, shifted
 from .state import (
     Command,
-    Commit,
     Dismiss,
     Gone,
     Input,
     Joined,
     Journal,
     Member,
-    Point,
+    Order,
     Rules,
     RunState,
     Said,
@@ -42,7 +43,7 @@ from .state import (
     Tick,
 )
 from .store import Store, passing
-from .views import view_of
+from .views import note_of, view_of
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
@@ -50,6 +51,7 @@ HANG_SECONDS = 2.0  # of one write, or between two turns: from here on the time 
 BATCH = 500
 REDIALS_SECONDS = (60.0, 4.0), (600.0, 11.0)  # whose line broke less than so long ago dials at least so often
 MOST_WAITING_NBYTES = 256 * 1024  # of one worker's reports, before no more of them is read
+MOST_LINKS = 256  # of one peer's heartbeat, that are looked at
 REPORT_NBYTES = 200  # that a report costs beside its own
 
 
@@ -89,6 +91,8 @@ class Hub:
         self.lines: dict[bytes, Line] = {}
         self.acked: dict[bytes, int] = {}
         self._queue: asyncio.Queue[Item] = asyncio.Queue()
+        self._orders: dict[int, asyncio.Future[list[str]]] = {}  # the operator's, that wait for their answer
+        self.rates: dict[tuple[str, str], float] = {}  # bytes per second from one peer to another, as it last said
         self._beats: dict[bytes, Item] = {}  # the newest of each session, while the disk refuses
         self._writing = asyncio.Event()
         self._writing.set()
@@ -116,6 +120,22 @@ class Hub:
     def stop(self) -> None:
         """The operator asks for an orderly stop."""
         self.put(StopAsked())
+
+    async def order(self, order: Order) -> list[str] | Objection:
+        """What happened by the operator's order, once it is on the disk; or why it was not carried out.
+
+        ``StateError`` if the disk has failed for good.
+        """
+        if self.failed:
+            raise self.failed
+        answer: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        self._orders[id(order)] = answer
+        before = self.state
+        self.put(order)
+        if said := await answer:
+            return said
+        against = objection(self.rules, self.state, order) or objection(self.rules, before, order)
+        return against or Objection(text="the run has changed meanwhile", hint="Look at it and try again.")
 
     async def until_phase(self, *phases: str) -> str:
         """Waits until the run is in one of ``phases``, or the disk has failed (raises its ``StateError``)."""
@@ -229,12 +249,16 @@ class Hub:
             state, event = self.standing.resumed(state, now)
             commands.append(Journal(event=event))
         items = [*beats.values(), *batch]  # beats first: who has been heard meanwhile is not silent
+        answers: dict[int, list[str]] = {}
         for what, _, _ in items:
             state, ordered = step(self.rules, state, what, now)
             commands += ordered
+            if isinstance(what, Order):
+                answers[id(what)] = [c.event.text for c in ordered if isinstance(c, Journal)]
         said = [(line.session, what) for what, line, _ in items if line is not None and isinstance(what, Said)]
-        heard = self.board.heard(said)
-        durable = [*(c for c in commands if not isinstance(c, Dismiss)), *keep(self.state, state)]
+        durable = [*(c for c in commands if not isinstance(c, Dismiss)), *entered(self.state, state)]
+        heard = self.board.heard(said, durable, now)
+        durable += keep(self.state, state)
         if durable or heard.statements:
             await self.read(self.store.write, durable, now, heard.statements)
         fewer = (
@@ -250,9 +274,25 @@ class Hub:
             self._go_on(beats)
         await failpoint_async("coordinator.acks")
         self._tell(batch, commands)
-        self.board.update(self.state, [c for c in durable if isinstance(c, Journal | Point | Commit)], now, heard)
+        for key, texts in answers.items():
+            if (answer := self._orders.pop(key, None)) is not None and not answer.done():
+                answer.set_result(texts)
+        self._measure(said)
+        noted = replace(self.state, note=note_of(self.state))
+        self.board.update(noted, [c for c in durable if isinstance(c, Shown)], now, heard)
         if changed:
             await self._notify()
+
+    def _measure(self, said: Sequence[tuple[bytes, Said]]) -> None:
+        """How fast lines are, as their senders say."""
+        for _, what in said:
+            if what.report.WhichOneof("body") == "heartbeat":
+                for link in what.report.heartbeat.links[:MOST_LINKS]:
+                    if link.peer in self.state.members and 0.0 < link.bytes_per_second < 1e12:
+                        self.rates[what.peer, link.peer] = link.bytes_per_second
+        members = self.state.members.keys()
+        if len(self.rates) > MOST_LINKS * len(members):  # of those who are gone
+            self.rates = {pair: rate for pair, rate in self.rates.items() if {*pair} <= members}
 
     def _tell(self, batch: list[Item], commands: Sequence[Command]) -> None:
         highest: dict[bytes, tuple[Line, int]] = {}
@@ -318,9 +358,21 @@ class Hub:
     async def _fail(self, error: StateError) -> None:
         self.failed = error
         self.state = replace(self.state, note=error.one_line())
+        for answer in self._orders.values():
+            if not answer.done():
+                answer.set_exception(error)
+        self._orders.clear()
         self.board.update(self.state, [], self.clock())
         await self._notify()
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+def entered(before: RunState, after: RunState) -> list[Journal]:
+    """A phase or a note that a batch has led to."""
+    note = note_of(after)
+    if (before.phase, note_of(before)) == (after.phase, note):
+        return []
+    return [Journal(event=PhaseChanged(phase=after.phase, note=note))]

@@ -118,7 +118,8 @@ class Moves(Losses):
     def are_uncompared(self) -> bool:
         """Whether somebody joined since divisions of the layers were compared: with him, another may be better."""
         state = self.state
-        return len(self.rules.divisions) > 1 and state.looked < state.last_join and self.now >= state.whole_until
+        waits = state.paused is None and self.now >= state.whole_until
+        return len(self.rules.divisions) > 1 and state.looked < state.last_join and waits
 
     def settled(self) -> bool:
         return self.now - self.state.last_join >= self.rules.settle_seconds

@@ -20,10 +20,11 @@ class Pace:
     count: int = 0
 
     def reached(self, step: int, now: float, *, learn: bool) -> Pace:
-        """Everybody has done ``step`` steps. ``learn``: the time it took says something about the next one."""
+        """Everybody has done ``step`` steps. ``learn``: the time it took says something about the next one. The first
+        word after a restart tells where they are, not how long that took."""
         if step == self.step:
             return self
-        if not learn or step < self.step:
+        if not learn or step < self.step or self.step < 0:
             return replace(self, step=step, since=now)
         took = (now - self.since) / (step - self.step)
         mean = took if not self.count else self.mean_seconds + (took - self.mean_seconds) / 8

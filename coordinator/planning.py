@@ -75,7 +75,7 @@ def choose_among(rules: Rules, state: RunState, now: float) -> Start | Wait:
     in_haste = len(free) < len(state.members)  # who leaves may be a donor, and goes if there is no plan
     if now - state.last_join < rules.settle_seconds and not enough and not in_haste:
         return Wait("workers are joining")
-    patient = now - max(state.since, state.last_join) <= rules.patience_seconds
+    patient = state.paused is not None or now - max(state.since, state.last_join) <= rules.patience_seconds
     if state.stop:
         if holds_stop(rules, state, state.stop):
             layers = rules.division(state.stop.stages).layers

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -23,27 +24,13 @@ from ..protocol.config import RunConfig
 from ..protocol.errors import StateError, WireError
 from ..protocol.failpoints import failpoint
 from ..protocol.manifest import Manifest
+from ..protocol.weights import ITEMSIZE, StoredDtype, Weights
+from .adapters import FOLDER, part_from, write_adapters
 from .card import Facts, model_card
+from .headers import HEADER_LIMIT, read_header
 
-HEADER_LIMIT = 1 << 20  # of a safetensors file, in bytes
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as a config.json has them
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The entries in a safetensors file's JSON header, and the bytes behind it; ``WireError`` if it is not one."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= HEADER_LIMIT:
-                raise WireError("not a safetensors file")
-            header = json.loads(file.read(length))
-            rest = os.fstat(file.fileno()).st_size - 8 - length
-    except (OSError, ValueError):
-        raise WireError("not a safetensors file") from None
-    if not isinstance(header, dict):
-        raise WireError("not a safetensors file")
-    header.pop("__metadata__", None)
-    return header, rest
 
 
 class Publisher:
@@ -58,22 +45,35 @@ class Publisher:
         done: Callable[[int, Path], Awaitable[None]],
         *,
         card: Callable[[], Awaitable[Facts]] | None = None,
+        base: Weights | None = None,
     ) -> None:
-        """``prefix_lm``: the run trains with prefixes that are seen whole (see ``architecture.hf_config``). ``card``:
-        what the model card says of the run, asked for at each publishing."""
+        """``card``: what the model card says of the run, asked for at each publishing. ``base``: the checkpoint that
+        the run begins from; where adapters are trained, what is published has its dtypes."""
         self.folder, self.corpus, self.config, self.manifest = folder, corpus, config, manifest
         self._done, self._facts = done, card
+        self._base = base.source if base else config.model.init
+        self._lora = config.model.train == "lora"
+        self._dtypes: dict[str, StoredDtype] = {t.name: t.dtype for t in base.tensors} if base and self._lora else {}
         self.layers: tuple[tuple[int, int], ...] = ()  # of the stages that are being collected
         self._arrived: set[int] = set()
         self._current = (-1, -1)  # step and generation of the uploads being collected
         self.trouble: tuple[int, str] | None = None  # the step that could not be written, and why
 
     def stage_nbytes(self, stage: int) -> int:
-        """Most bytes that a stage's file may have: fp32 tensors and a header."""
-        return 4 * architecture.weights(self._tensors(stage)) + HEADER_LIMIT
+        """Most bytes that a stage's file may have: its tensors and a header."""
+        return sum(ITEMSIZE[dtype] * math.prod(shape) for dtype, shape in self._tensors(stage).values()) + HEADER_LIMIT
 
-    def _tensors(self, stage: int) -> architecture.Shapes:
-        return architecture.tensors(self.config.model, self.manifest.vocab_size, *self.layers[stage])
+    def _tensors(self, stage: int) -> dict[str, tuple[StoredDtype, tuple[int, ...]]]:
+        """Dtype and shape of all that a stage uploads: its part of the model, and its adapters in fp32."""
+        shapes = architecture.tensors(self.config.model, self.manifest.vocab_size, *self.layers[stage])
+        return {
+            name: (self._dtypes.get(name, "F32"), shape) for name, shape in (shapes | self._adapters(stage)).items()
+        }
+
+    def _adapters(self, stage: int) -> architecture.Shapes:
+        if not self._lora:
+            return {}
+        return architecture.trained_tensors(self.config.model, self.manifest.vocab_size, *self.layers[stage])
 
     def begin(self, step: int, generation: int, layers: tuple[tuple[int, int], ...]) -> None:
         """Uploads of ``step`` from the stages of this generation come in; what others left unfinished is gone."""
@@ -103,6 +103,9 @@ class Publisher:
     def file(self, stage: int) -> str:
         return f"model-{stage + 1:05d}-of-{len(self.layers):05d}.safetensors"
 
+    def _adapter_file(self, step: int, stage: int) -> Path:
+        return self._work(step) / f".adapters-{stage}"
+
     def path(self, step: int) -> Path:
         """The folder of a published step."""
         return self.folder / f"step-{step:08d}"
@@ -114,6 +117,11 @@ class Publisher:
         """A stage is complete on disk; with the last one the model is published."""
         part = self.part(step, stage)
         self._check(part, stage)
+        if adapters := self._adapters(stage):
+            try:
+                await asyncio.to_thread(part_from, part, adapters, self._adapter_file(step, stage))
+            except OSError as error:
+                raise unwritten(error) from None
         part.replace(part.with_suffix(""))
         self._arrived.add(stage)
         await self._finish(step)
@@ -129,24 +137,27 @@ class Publisher:
             await self._done(step, target)
 
     def _check(self, part: Path, stage: int) -> None:
-        """The file holds the stage's tensors by name and shape, in fp32, one after the other, and nothing else."""
+        """The file holds the stage's tensors by name, dtype and shape, one after the other, adapters last, and nothing
+        else."""
         (header, rest), wanted = read_header(part), self._tensors(stage)
         if header.keys() != wanted.keys():
             raise WireError("an upload with other tensors than the stage's")
-        end = 0
+        end, adapters, behind = 0, self._adapters(stage), False
         try:
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 start, stop = entry["data_offsets"]
-                shape = entry["shape"]
-                if entry["dtype"] != "F32" or tuple(shape) != wanted[name]:
+                shape, (dtype, expected) = entry["shape"], wanted[name]
+                if entry["dtype"] != dtype or tuple(shape) != expected:
                     raise ValueError
-                if start != end or stop - start != 4 * math.prod(shape):
+                if start != end or stop - start != ITEMSIZE[dtype] * math.prod(shape):
                     raise ValueError
                 if not all(type(number) is int for number in (start, stop, *shape)):
                     raise ValueError
-                end = stop
+                if behind and name not in adapters:
+                    raise ValueError
+                end, behind = stop, name in adapters
         except (TypeError, KeyError, ValueError):
-            raise WireError("an upload whose tensors are not the stage's in plain fp32") from None
+            raise WireError("an upload whose tensors are not the stage's in plain numbers") from None
         if end != rest:
             raise WireError("an upload that is longer or shorter than its tensors")
 
@@ -161,6 +172,12 @@ class Publisher:
         write_json(work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
         model, manifest = self.config.model, self.manifest
         described = architecture.hf_config(model, manifest.vocab_size, manifest.eos_id, prefix_lm=manifest.masked)
+        if self._dtypes:  # of most of the tensors
+            described["dtype"] = DTYPES[Counter(self._dtypes.values()).most_common(1)[0][0]]
+        if self._lora:
+            parts = [self._adapter_file(step, stage) for stage in range(len(self.layers))]
+            shutil.rmtree(work / FOLDER, ignore_errors=True)  # of an assembly that was cut short
+            write_adapters(work / FOLDER, parts, model, self._base)
         if manifest.special.modes:
             described["potluck_special"] = msgspec.to_builtins(manifest.special)
         write_json(work / "config.json", described)
@@ -174,6 +191,8 @@ class Publisher:
             shutil.rmtree(target)
         failpoint("coordinator.publish.rename")
         os.replace(work, target)
+        for adapters in target.glob(".adapters-*"):
+            adapters.unlink()
         return target
 
 

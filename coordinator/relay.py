@@ -68,8 +68,10 @@ class Relay:
         peer_mbps: float = 0.0,
         most_peers: int = 10_000,
         most_calls: int = 64,
+        is_banned: Callable[[str], bool] = lambda peer: False,
     ) -> None:
         self._run, self._secret, self._fingerprint = run, secret, fingerprint
+        self._is_banned = is_banned
         self._peer_mbps, self._most_peers, self._most_calls = peer_mbps, most_peers, most_calls
         self.usage: dict[str, Usage] = {}
         self._attached: dict[str, _Attached] = {}
@@ -107,7 +109,8 @@ class Relay:
 
     async def _enter(self, pipe: Pipe, method: str) -> Asked | None:
         async with asyncio.timeout(ENTER_SECONDS):
-            return await admit(pipe, self._secret, self._fingerprint, self._run, method)
+            asked = await admit(pipe, self._secret, self._fingerprint, self._run, method)
+        return None if asked is None or self._is_banned(asked.peer) else asked
 
     async def _attach(self, pipe: ListenerPipe) -> None:
         """One peer's stay. A newer one of the same peer replaces it.

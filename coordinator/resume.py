@@ -15,9 +15,9 @@ from google.protobuf.message import DecodeError
 from msgspec import Struct
 
 from ..protocol import control_pb2 as pb
-from ..protocol.errors import WireError
+from ..protocol.errors import StateError, WireError
 from ..protocol.plan import Plan
-from .state import Keep, Member, Rules, RunState
+from .state import Ban, Keep, Member, Pause, Rules, RunState
 from .store import Store
 from .views import keeping
 
@@ -35,6 +35,7 @@ class Peer(Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
     session: str
     leaving: bool
+    drained: str = ""
     missed: str = ""
 
 
@@ -47,6 +48,27 @@ class Divided(Struct, frozen=True, kw_only=True):
     generation: int
     step: int
     digests: tuple[str, ...]
+
+
+class Paused(Struct, frozen=True, kw_only=True):
+    who: str
+    why: str
+    since: float
+
+
+class Banned(Struct, frozen=True, kw_only=True):
+    id: str
+    name: str
+    who: str
+    why: str
+
+
+class Operated(Struct, frozen=True, kw_only=True):
+    """What the operator has ordered and holds until another order."""
+
+    paused: Paused | None = None
+    bans: tuple[Banned, ...] = ()
+    checkpoint: int | None = None
 
 
 class Course(Struct, frozen=True, kw_only=True):
@@ -71,9 +93,36 @@ def keep(before: RunState, after: RunState) -> list[Keep]:
         values["course"] = msgspec.to_builtins(course)
     if after.undivided is not before.undivided:
         values["divided"] = divided_of(after)
+    if (operated := operated_of(after)) != operated_of(before):
+        values["operated"] = msgspec.to_builtins(operated)
     if (unaware := unaware_of(after)) != unaware_of(before):
         values["unaware"] = unaware
     return [Keep(values=values)] if values else []
+
+
+def operated_of(state: RunState) -> Operated:
+    pause = state.paused
+    return Operated(
+        paused=None if pause is None else Paused(who=pause.who, why=pause.why, since=pause.since),
+        bans=tuple(Banned(id=peer, name=b.name, who=b.who, why=b.why) for peer, b in state.bans.items()),
+        checkpoint=state.checkpoint,
+    )
+
+
+def as_operated(state: RunState, store: Store) -> RunState:
+    """``state`` with what the operator had ordered. ``StateError`` if that cannot be read: a ban is not forgotten."""
+    try:
+        operated = msgspec.convert(store.meta("operated", {}), Operated)
+    except msgspec.ValidationError as error:
+        hint = "Go on with the version of potluck that wrote it."
+        raise StateError(f"{store.path}: the operator's orders cannot be read ({error})", hint=hint) from None
+    pause = operated.paused
+    return replace(
+        state,
+        paused=None if pause is None else Pause(who=pause.who, why=pause.why, since=pause.since),
+        bans={b.id: Ban(name=b.name, who=b.who, why=b.why) for b in operated.bans},
+        checkpoint=operated.checkpoint,
+    )
 
 
 def divided_of(state: RunState) -> dict[str, object] | None:
@@ -106,6 +155,7 @@ def peers_of(state: RunState) -> tuple[Peer, ...]:
             addresses=m.addresses,
             session=m.session.hex(),
             leaving=m.leaving,
+            drained=m.drained,
             missed=m.missed,
         )
         for m in state.members.values()
@@ -131,6 +181,7 @@ def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
 
     A stop that was asked for is forgotten: who starts a run again wants it to go on.
     """
+    state = as_operated(state, store)
     try:
         unaware = msgspec.convert(store.meta("unaware", {}), dict[str, float])
         state = replace(state, unaware=unaware)
@@ -169,6 +220,7 @@ def resumed(rules: Rules, state: RunState, store: Store) -> RunState:
                 last_seen=now,
                 busy=now,
                 leaving=peer.leaving,
+                drained=peer.drained,
                 missed=peer.missed,
                 away=now + DIAL_SECONDS,
                 ready=0 if course.phase == "preparing" else plan.generation,

@@ -23,8 +23,9 @@ from ..protocol.failpoints import failpoint
 from ..protocol.plan import Plan
 from . import events as ev
 from .losses import short_of_quorum
+from .operating import Operating
 from .planning import Start, Wait, choose, make_plan
-from .sharing import Sharing, shared
+from .sharing import shared
 from .state import (
     Command,
     Commit,
@@ -34,6 +35,7 @@ from .state import (
     Lease,
     Mark,
     Noted,
+    Order,
     Remember,
     ReturnLeases,
     Rules,
@@ -46,7 +48,7 @@ from .state import (
     Uploaded,
 )
 from .turn import TRANSFER_LEASES
-from .verdict import judge
+from .verdict import judge, parts_of
 from .views import keeping
 
 KEPT_MARKS = 50
@@ -66,6 +68,8 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
             turn.tick()
         case StopAsked():
             turn.stop_asked()
+        case Order() as order:
+            turn.order(order)
         case Uploaded(step=at, path=path):
             turn.uploaded(at, path)
         case Unpublished(step=at, why=why):
@@ -76,7 +80,7 @@ def step(rules: Rules, state: RunState, what: Input, now: float) -> tuple[RunSta
     return turn.state, turn.commands
 
 
-class Machine(Sharing):
+class Machine(Operating):
     """Decides what follows from the state."""
 
     def advance(self) -> None:
@@ -118,6 +122,7 @@ class Machine(Sharing):
             else:
                 self.enter("training", "")
                 self.grant()
+                self.publish_asked()
 
     def go_back(self, plan: Plan) -> None:
         """A plan from an older round begins: everybody in it has proved to hold that one, so newer ones are given up.
@@ -157,13 +162,15 @@ class Machine(Sharing):
                 wish = self.state.redivide
                 if (
                     leaves
+                    or self.wants_a_round()
                     or (wish is not None and wish.begun)
                     or self.is_uneven()
                     or (self.settled() and self.are_due())
                 ):
                     self.close("round")
         self.grant()
-        if self.state.closing == "save" and all(self.has_stop(p) for p in plan.peers):
+        self.publish_asked()
+        if self.state.closing == "save" and all(self.has_stop(p, plan) for p in plan.peers):
             assert self.state.end is not None
             mark = Mark(
                 kind="step",
@@ -191,15 +198,6 @@ class Machine(Sharing):
         if how == "save":
             self.journal(ev.Stopping(step=end))
 
-    def has_stop(self, peer: str) -> bool:
-        plan, member = self.state.plan, self.state.members.get(peer)
-        assert plan is not None
-        if member is None:
-            return False
-        return any(
-            s.kind == "step" and s.generation == plan.generation and s.step == self.state.end for s in member.savepoints
-        )
-
     def grant(self) -> None:
         """Leases the steps that the slowest peer is close to."""
         plan = self.state.plan
@@ -210,7 +208,7 @@ class Machine(Sharing):
         limit = self.rules.steps if self.state.end is None else self.state.end
         leased = {s: t for s, t in self.state.leased_at.items() if s >= done}
         until = max(self.state.until, min(limit, done + self.rules.lease_ahead))
-        if self.is_held():
+        if self.state.paused is not None or self.is_held():
             until = self.state.until
         for at in range(self.state.until, until):
             expires = self.now + self.rules.lease_seconds * (1 + at - done)
@@ -269,6 +267,7 @@ class Machine(Sharing):
             nbytes=min(sum(r.nbytes for r in reports.values()), 2**63 - 1),
             seconds=max([0.0, *(r.seconds for r in reports.values() if math.isfinite(r.seconds))]),
             degraded=bool(short_of_quorum(self.rules, state)),
+            parts=parts_of(self.rules, plan, reports),
         )
         self.commands.append(command)
         for i, replicas in enumerate(plan.replicas):
@@ -345,13 +344,6 @@ class Machine(Sharing):
         self.journal(ev.Finished(step=self.rules.steps))
         self.enter("finished", "the run is complete")
 
-    def stopped(self) -> None:
-        at = self.state.stop or self.state.committed
-        if at.kind != "step":
-            self.commands.append(ReturnLeases(reason="the run was stopped"))
-        self.journal(ev.Stopped(step=at.step))
-        self.enter("stopped", "the operator stopped the run")
-
     def try_plan(self) -> None:
         """From ``waiting``: a new generation, if one can begin."""
         match choose(self.rules, self.state, self.now):
@@ -388,6 +380,8 @@ class Machine(Sharing):
                 origin=mark.kind,
                 stages=names,
                 shares=tuple(stage.shares for stage in plan.stages),
+                peers=tuple(tuple(peers) for peers in start.seats),
+                layers=plan.layers,
             )
         )
         self.enter("preparing", "workers take over their stages")

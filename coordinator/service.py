@@ -10,14 +10,17 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
 
 from ..protocol import control_pb2 as pb
-from ..protocol.config import RunConfig
+from ..protocol.config import RunConfig, encoded, told
 from ..protocol.errors import ConfigError, IdentityError, StateError
 from ..protocol.evaluation import CHECKPOINTS
 from ..protocol.footprint import footprints
@@ -30,15 +33,22 @@ from ..protocol.relay import Spot
 from ..protocol.ticket import Ticket
 from ..protocol.tls import Certificate, join_address, split_address, start_server
 from ..protocol.weights import Weights
-from . import corpus, web
+from . import corpus
+from .access import everybody, kept_token
 from .addresses import is_local
 from .assignment import StageNeed
-from .board import Board
 from .card import Facts, gathered
+from .dashboard import server as web
+from .dashboard.actions import OPERATIONS, Desk
+from .dashboard.board import Board
 from .doors import Doors
 from .evaluations import Evaluations, recorded
 from .events import RunOpened
 from .hub import Hub
+from .observe import sinks
+from .observe.metrics import OPERATION
+from .observe.metrics import route as metrics_route
+from .observe.watch import Watch
 from .publish import Publisher
 from .relay import Relay
 from .resume import resumed
@@ -99,6 +109,8 @@ class Running:
     ticket: str
     page: str
     address: str
+    token: str = field(default="", repr=False)  # the operator's
+    is_new_token: bool = False
 
 
 @asynccontextmanager
@@ -131,6 +143,8 @@ def alone(data_dir: Path) -> Iterator[None]:
 async def _running(
     config: RunConfig, data_dir: Path, progress: Callable[[str, float], None] | None
 ) -> AsyncIterator[Running]:
+    if config.observe.track != "off":
+        sinks.check(config.observe.track)
     config = msgspec.structs.replace(config, model=await asyncio.to_thread(shaped, config.model))
     folder, path = corpus_folder(data_dir), data_dir / "run.sqlite"
     if path.exists():  # before the corpus: preparing another one would replace this run's
@@ -142,9 +156,15 @@ async def _running(
     rules = rules_of(config, manifest)
     store = Store(path)
     run_id, secret, state = open_run(store, config, manifest, weights)
+    token, is_new = kept_token(store)
     certificate = Certificate.load_or_create(data_dir)
     board = Board(config, rules, run_id, manifest.vocab_size, store)
-    hub = Hub(rules, state, store, board)
+    hub, begun = Hub(rules, state, store, board), asyncio.Event()
+
+    shape = Shape.of(config.model, manifest.vocab_size)
+    desk = Desk(hub=hub, token=token, shape=shape, everybody=partial(hub.read, everybody, store))
+    watch = Watch(config, run_id, data_dir, board, partial(refusing, hub))
+    routes = [*desk.routes(), metrics_route(watch.seen)]
 
     async def published(step: int, path: Path) -> None:
         board.publish(path.name)
@@ -154,14 +174,14 @@ async def _running(
         found: Facts = await hub.read(gathered, store, config.model.seq_len, run_id)
         return replace(found, base=f"{weights.source} (license: {weights.license})") if weights else found
 
-    publisher = Publisher(data_dir / CHECKPOINTS, folder, config, manifest, published, card=facts)
+    publisher = Publisher(data_dir / CHECKPOINTS, folder, config, manifest, published, card=facts, base=weights)
     doors = Doors(
         hub,
         run_id=run_id,
         secret=secret,
         fingerprint=certificate.fingerprint,
         welcome=pb.Welcome(
-            config=msgspec.json.encode(config).decode(),
+            config=encoded(config),
             manifest=msgspec.json.encode(manifest).decode(),
             weights=weights.encode() if weights else "",
         ),
@@ -175,7 +195,11 @@ async def _running(
     others = [str(Spot.parse(text)) for text in place.relays]
     for text in place.p2p_relays:
         check_relay(text)
-    relay = Relay(run_id, secret, certificate.fingerprint, peer_mbps=place.relay_peer_mbps)
+    relay = Relay(
+        *(run_id, secret, certificate.fingerprint),
+        peer_mbps=place.relay_peer_mbps,
+        is_banned=lambda peer: peer in hub.state.bans,
+    )
     handlers = [*doors.handlers(), *(relay.handlers() if place.relay else ())]
     port = place.port or store.meta("port", 0)
     try:
@@ -193,12 +217,13 @@ async def _running(
     known = place.http_port or store.meta("http_port", 0)  # who has the page open finds it again
     try:
         try:
-            page, http_port = await web.serve(web.app(board), place.host, known)
+            page, http_port = await web.serve(page_of(board, hub, begun, routes), place.host, known)
         except StateError:
             if place.http_port or not known:
                 raise
-            page, http_port = await web.serve(web.app(board), place.host, 0)
-        store.set_meta(port=port, http_port=http_port)
+            page, http_port = await web.serve(page_of(board, hub, begun, routes), place.host, 0)
+        url = f"http://{join_address(shown(place.host), http_port)}/"
+        store.set_meta(port=port, http_port=http_port, page=url)
     except Exception:
         await server.stop(None)
         store.close()
@@ -206,7 +231,9 @@ async def _running(
     opened = RunOpened(
         name=config.name, step=state.committed.step, generation=state.plan.generation if state.plan else 0
     )
-    await hub.read(store.write, [Journal(event=opened)], hub.clock())
+    now, opening = hub.clock(), [Journal(event=opened)]
+    await hub.read(store.write, opening, now)
+    board.update(state, opening, now)
     if state.plan and state.publish is not None:
         try:
             await publisher.resume(state.publish, state.plan.generation, state.plan.layers)
@@ -216,6 +243,7 @@ async def _running(
     for event in await asyncio.to_thread(evaluations.look):  # that came while nobody looked
         hub.put(Noted(event))
     await hub.start()
+    begun.set()
     following = asyncio.create_task(evaluations.follow(hub.put), name="evaluations")
     ticket = Ticket(
         url=address,
@@ -225,13 +253,16 @@ async def _running(
         expires=int(time.time() + place.ticket_hours * 3600),
     )
     try:
-        yield Running(
-            hub=hub,
-            board=board,
-            ticket=ticket.encode(),
-            page=f"http://{join_address(shown(place.host), http_port)}/",
-            address=address,
-        )
+        async with watch.running():
+            yield Running(
+                hub=hub,
+                board=board,
+                ticket=ticket.encode(),
+                page=url,
+                address=address,
+                token=token,
+                is_new_token=is_new,
+            )
     finally:
         following.cancel()
         with contextlib.suppress(Exception):
@@ -242,11 +273,37 @@ async def _running(
         await hub.close()
 
 
+def page_of(board: Board, hub: Hub, begun: asyncio.Event, routes: Sequence[BaseRoute]) -> Starlette:
+    """The page of a run, and whether it can go on."""
+
+    def ready() -> str | None:
+        return refusing(hub) or (None if begun.is_set() else "The run is being opened")
+
+    return web.app(board, ready=ready, routes=routes, operations=[*OPERATIONS, OPERATION])
+
+
+def refusing(hub: Hub) -> str | None:
+    """Why the disk takes no writes; None while it does."""
+    if hub.failed:
+        return "The disk refuses to write, for good"
+    return hub.standing.note if hub.standing else None
+
+
 def check_fixed(store: Store, config: RunConfig) -> None:
-    """``ConfigError`` if a section that a run keeps for life differs from what it was started with."""
-    known, mine = store.meta("config"), msgspec.to_builtins(config)
+    """``ConfigError`` if a section that a run keeps for life differs from what it was started with. What an older
+    version did not know of counts as its default."""
+    stored = store.meta("config")
+    if stored is None:
+        return
+    try:
+        known = msgspec.convert(stored, RunConfig)
+    except (msgspec.ValidationError, ConfigError) as error:
+        raise StateError(
+            f"what this run was started with is not understood ({error})",
+            hint=f"Go on with the version of potluck that started it ({store.path.parent}).",
+        ) from None
     for key in ("name", "seed", "model", "data", "pipeline", "activations", "optimizer", "sync"):
-        if known is not None and known.get(key) != mine[key]:
+        if getattr(known, key) != getattr(config, key):
             raise ConfigError(
                 f"run.yaml's `{key}` is not what this run was started with",
                 hint=f"Put it back, or start a new run with another --data-dir (this one: {store.path.parent}).",
@@ -258,10 +315,11 @@ def open_run(
 ) -> tuple[str, str, RunState]:
     """The run in this data directory: a new one, or the one that was there, from where it stood."""
     check_fixed(store, config)
-    mine, begins = msgspec.to_builtins(config), weights.sha256 if weights else ""
+    mine, begins = msgspec.to_builtins(told(config)), weights.sha256 if weights else ""
     if store.meta("config") is None:
         run_id, secret = secrets.token_hex(8), secrets.token_urlsafe(24)
-        store.set_meta(config=mine, corpus=manifest.sha256, weights=begins, run_id=run_id, secret=secret)
+        fixed = {"corpus": manifest.sha256, "weights": begins, "vocab_size": manifest.vocab_size}
+        store.set_meta(config=mine, run_id=run_id, secret=secret, **fixed)
         return run_id, secret, RunState(since=time.time())
     if store.meta("corpus") != manifest.sha256:
         raise StateError(
@@ -275,7 +333,7 @@ def open_run(
         )
     if for_workers(store.meta("config")) != for_workers(mine):  # every worker begins anew
         store.set_meta(crew=None, course=None)
-    store.set_meta(config=mine)
+    store.set_meta(config=mine, vocab_size=manifest.vocab_size)
     marks = store.marks()
     rounds = store.rows("SELECT COALESCE(MAX(round), 0) FROM ledger")[0][0]  # lost ones, too: no number is used twice
     evaluated = store.rows("SELECT COALESCE(MAX(step), -1) FROM points WHERE heldout IS NOT NULL")[0][0]
@@ -296,7 +354,8 @@ def open_run(
 
 def for_workers(config: dict[str, Any]) -> dict[str, Any]:
     """What workers do their work by: all but the coordinator's own settings."""
-    return {key: value for key, value in json.loads(json.dumps(config)).items() if key != "coordinator"}
+    own = ("coordinator", "observe")
+    return {key: value for key, value in json.loads(json.dumps(config)).items() if key not in own}
 
 
 async def stop(up: Running, seconds: float = STOP_SECONDS) -> str:

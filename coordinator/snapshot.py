@@ -7,7 +7,7 @@ beside it the file is read as it lies, so that not even SQLite's own helper file
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -72,33 +72,37 @@ class Snapshot:
     """An open read transaction."""
 
     def __init__(self, path: Path, db: sqlite3.Connection) -> None:
-        self.path, self._db = path, db
+        self.path, self.db = path, db
 
     def rows(self, kind: type[Row]) -> Iterator[tuple[Any, Row | str]]:
         """A table's keys and rows in order, read as one goes along; what is wrong with a row, instead of it."""
         names = kind.__struct_fields__
-        for row in self._db.execute(f"SELECT {', '.join(names)} FROM {kind.TABLE} ORDER BY {names[0]}"):
+        for row in self.db.execute(f"SELECT {', '.join(names)} FROM {kind.TABLE} ORDER BY {names[0]}"):
             try:
                 yield row[0], msgspec.convert(row, kind)
             except msgspec.ValidationError as error:
                 yield row[0], named(str(error), names)
 
+    def select(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Rows as they lie there."""
+        return self.db.execute(sql, values).fetchall()
+
     def newest_of(self, *kinds: str) -> str | None:
         """The kind of the newest event that is one of ``kinds``."""
         marks = ", ".join("?" * len(kinds))
-        rows = self._db.execute(f"SELECT kind FROM events WHERE kind IN ({marks}) ORDER BY id DESC LIMIT 1", kinds)
+        rows = self.db.execute(f"SELECT kind FROM events WHERE kind IN ({marks}) ORDER BY id DESC LIMIT 1", kinds)
         return next((kind for (kind,) in rows), None)
 
     def last_id(self, table: str) -> int | None:
         """The highest id ever given in a table; None if the file is older than this being kept."""
-        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchall():
+        if not self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchall():
             return None
-        found = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchall()
+        found = self.db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchall()
         return found[0][0] if found and isinstance(found[0][0], int) else 0
 
     def meta(self, key: str, kind: type[T], default: T) -> T:
         """A stored value; ``StateError`` if it is not what it must be."""
-        found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchall()
+        found = self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchall()
         if not found:
             return default
         try:

@@ -59,6 +59,7 @@ def shifted(state: RunState, seconds: float) -> RunState:
         uneven=None if state.uneven is None else state.uneven + seconds,
         shared=state.shared and state.shared + seconds,
         last_join=state.last_join + seconds,
+        paused=None if state.paused is None else replace(state.paused, since=state.paused.since + seconds),
         unaware={peer: at + seconds for peer, at in state.unaware.items()},
         leased_at={step: expires + seconds for step, expires in state.leased_at.items()},
         members={

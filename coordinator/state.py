@@ -7,57 +7,23 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..protocol import control_pb2 as pb
-from ..protocol.config import EvalConfig, Sync
 from ..protocol.plan import Plan, Replica, SavePoint
-from .assignment import StageNeed
 from .events import Event
 from .pace import Pace
+from .rules import Division as Division
+from .rules import Rules as Rules
 
 Phase = Literal["waiting", "preparing", "training", "finishing", "finished", "stopped"]
+Action = Literal["pause", "resume", "drain", "ban", "unban", "checkpoint"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division:
-    """A cut of the layers into stages, and what each of those needs. There is one for each number of stages."""
+class Caps:
+    """What a peer's owner allows beside ``memory_gb``, as its hello says. None: no limit."""
 
-    layers: tuple[tuple[int, int], ...]  # of each stage, [first, last)
-    needs: tuple[StageNeed, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What the configuration fixes for the whole run."""
-
-    name: str
-    seed: int
-    steps: int
-    divisions: tuple[Division, ...]  # that the run may have, fewest stages first
-    microbatches: int
-    microbatch_size: int
-    sync: Sync
-    eval: EvalConfig
-    publish_rounds: int
-    wait_for: int
-    lease_seconds: float
-    patience_seconds: float
-    settle_seconds: float = 1.0  # after the last join, before a plan is made for it
-    lease_ahead: int = 2  # steps granted beyond the slowest peer
-    quorum: int = 1  # replicas of a stage, below which a round is held, then degraded
-    reroutes: bool = True  # a generation goes on without a replica whose stage has another one
-    silence_seconds: float = 15.0  # without a word, before a peer counts as lost
-    away_seconds: float = 3.0  # that a peer has to dial again when its line broke
-    prepare_seconds: float = 0.0  # that newcomers may take to fetch their stage, before they are seated without it
-    move_seconds: float = 60.0  # that a stage stays thin, before somebody gets ready to move to it
-    keepers: int = 0  # peers that keep a redo log of each stage
-    divide_seconds: float = 300.0  # that another division stays clearly better, before the layers are divided anew
-
-    def division(self, stages: int) -> Division:
-        """The one with so many stages, or the first one if there is none."""
-        return next((d for d in self.divisions if len(d.layers) == stages), self.divisions[0])
-
-    def smallest_gb(self, device: str) -> float:
-        """What a peer must offer at least to be of any use."""
-        return min(need.gigabytes(device) for division in self.divisions for need in division.needs)
+    upload_mbps: float | None = None
+    state_mbps: float | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +35,8 @@ class Member:
     device: str = "cpu"
     memory_gb: float = 1.0
     speed: float = 1.0
+    region: str = ""  # where its owner says it is
+    caps: Caps = Caps()
     addresses: tuple[str, ...] = ()
     session: bytes = b""
     savepoints: frozenset[SavePoint] = frozenset()
@@ -77,6 +45,7 @@ class Member:
     joined: float = 0.0
     last_seen: float = 0.0
     leaving: bool = False
+    drained: str = ""  # it leaves by the operator's wish: what it is told
     away: float | None = None  # its line broke: until when it is waited for
     missed: str = ""  # who could not reach it meanwhile: what was sent to it is lost
     ready: int = 0  # generation it is ready for
@@ -160,6 +129,24 @@ class Redivide:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pause:
+    """Nothing new is leased until the operator says so."""
+
+    who: str
+    why: str
+    since: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ban:
+    """A key that is not let in."""
+
+    name: str
+    who: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunState:
     """Everything the coordinator decides from. Replaced, never changed."""
 
@@ -201,6 +188,9 @@ class RunState:
     shared: float = 0.0  # when a generation last ended for that
     slow: frozenset[str] = frozenset()  # who was to move and did not get ready in time
     keeping: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # peer -> others' stages, by the newest plan
+    paused: Pause | None = None
+    bans: Mapping[str, Ban] = field(default_factory=dict)
+    checkpoint: int | None = None  # the first committed round from this step on is published, whatever is due
 
 
 # What can happen.
@@ -236,6 +226,19 @@ class StopAsked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Order:
+    """The operator's word. ``peer``: its id, for drain, ban and unban; ``name``: of a peer that is not here. ``force``:
+    even if the run then lacks what only this peer has."""
+
+    action: Action
+    peer: str = ""
+    name: str = ""
+    who: str = "the operator"
+    why: str = ""
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Uploaded:
     """Every stage of a published round is on disk, under ``path``."""
 
@@ -258,7 +261,7 @@ class Noted:
     event: Event
 
 
-Input = Joined | Gone | Said | Tick | StopAsked | Uploaded | Unpublished | Noted
+Input = Joined | Gone | Said | Tick | StopAsked | Order | Uploaded | Unpublished | Noted
 
 # What to do about it. The shell carries these out in order, on disk first; views follow from the state alone.
 
@@ -297,6 +300,20 @@ class ReturnLeases:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a replica brought into a round. ``work``: whole samples, its own by its stage's share of the model's work;
+    ``digest``: of the reference weights after it."""
+
+    peer: str
+    stage: int
+    samples: int
+    work: float
+    nbytes: int
+    seconds: float
+    digest: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Commit:
     """A round is in the weights of every stage."""
 
@@ -307,6 +324,7 @@ class Commit:
     nbytes: int
     seconds: float
     degraded: bool
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ import msgspec
 
 from ..protocol.errors import StateError
 from ..protocol.failpoints import failpoint
+from .events import PeerJoined, RolledBack
+from .records import pack
 from .state import Command, Commit, Journal, Keep, Lease, Mark, Point, Relet, Remember, ReturnLeases, Uncommit
 
 SCHEMA = """
@@ -35,7 +37,7 @@ CREATE TABLE IF NOT EXISTS rounds (
     seconds REAL NOT NULL, committed REAL NOT NULL, degraded INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL,
-    text TEXT NOT NULL);
+    text TEXT NOT NULL, step INTEGER, peer TEXT);
 CREATE TABLE IF NOT EXISTS points (
     id INTEGER PRIMARY KEY, step INTEGER NOT NULL, samples INTEGER NOT NULL, time REAL NOT NULL,
     train REAL, heldout REAL);
@@ -46,6 +48,45 @@ CREATE TABLE IF NOT EXISTS traffic (
     peer TEXT NOT NULL, session TEXT NOT NULL, purpose TEXT NOT NULL, direction TEXT NOT NULL,
     nbytes INTEGER NOT NULL, dense_nbytes INTEGER NOT NULL,
     PRIMARY KEY (peer, session, purpose, direction)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS round_parts (round INTEGER PRIMARY KEY, step INTEGER NOT NULL, parts BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS round_parts_by_step ON round_parts (step);
+CREATE TABLE IF NOT EXISTS peer_keys (key INTEGER PRIMARY KEY, peer TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS peer_series (
+    slot INTEGER NOT NULL, peer INTEGER NOT NULL, time REAL NOT NULL, samples INTEGER NOT NULL,
+    computed REAL NOT NULL, sent INTEGER NOT NULL, received INTEGER NOT NULL, compute_seconds REAL NOT NULL,
+    wait_seconds REAL NOT NULL, pace REAL, generation INTEGER NOT NULL, step INTEGER NOT NULL,
+    committed INTEGER NOT NULL, work REAL NOT NULL, rounds INTEGER NOT NULL, decided REAL NOT NULL,
+    PRIMARY KEY (slot, peer)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS peer_series_by_peer ON peer_series (peer, slot);
+CREATE TABLE IF NOT EXISTS traffic_points (
+    time REAL PRIMARY KEY, step INTEGER NOT NULL, samples INTEGER NOT NULL, totals TEXT NOT NULL,
+    decided REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS steps (
+    step INTEGER PRIMARY KEY, generation INTEGER NOT NULL, time REAL NOT NULL, seconds REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS steps_by_seconds ON steps (seconds);
+CREATE TABLE IF NOT EXISTS traces (
+    step INTEGER NOT NULL, peer TEXT NOT NULL, stage INTEGER NOT NULL, work REAL NOT NULL, begin REAL, trace BLOB,
+    PRIMARY KEY (step, peer)) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS traces_of_steps AFTER DELETE ON steps
+    BEGIN DELETE FROM traces WHERE step = OLD.step; END;
+CREATE TABLE IF NOT EXISTS ways (
+    id INTEGER PRIMARY KEY, sender TEXT NOT NULL, receiver TEXT NOT NULL, fastest REAL, UNIQUE (sender, receiver));
+CREATE TABLE IF NOT EXISTS links (
+    way INTEGER NOT NULL, span INTEGER NOT NULL, time INTEGER NOT NULL, rate REAL, rtt REAL, path TEXT,
+    PRIMARY KEY (way, span, time)) WITHOUT ROWID;
+"""
+# Columns that files of earlier versions lack, and what fills them: run before the indices that name them.
+ADDED = (("events", "step", "INTEGER", None), ("events", "peer", "TEXT", "json_extract(data, '$.peer')"))
+NAMED = """
+INSERT OR IGNORE INTO peers
+    SELECT peer, json_extract(data, '$.name'), json_extract(data, '$.device'), MIN(time), MAX(time)
+    FROM events WHERE kind = 'PeerJoined' AND peer IS NOT NULL GROUP BY peer;"""
+JOINED = """INSERT INTO peers VALUES (?,?,?,?,?) ON CONFLICT (id)
+    DO UPDATE SET name = excluded.name, device = excluded.device, last_seen = excluded.last_seen"""
+INDICES = """
+CREATE INDEX IF NOT EXISTS events_by_kind ON events (kind, id);
+CREATE INDEX IF NOT EXISTS events_by_peer ON events (peer, id) WHERE peer IS NOT NULL;
+CREATE INDEX IF NOT EXISTS points_by_time ON points (time);
 """
 
 # What may pass by itself, by SQLite's primary result code: the `StateError`'s code, and what to do. All else is final.
@@ -78,14 +119,25 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[Path, tuple[int, int]] = {}  # device and number of what we have open
+        self._step: int | None = None  # steps done; None: not looked up yet
+        self._keys: dict[str, int] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(SCHEMA)
+            self._add_columns()
+            self._db.executescript(INDICES)
         except (sqlite3.Error, OSError) as error:
             raise self._refused(error) from None
+
+    def _add_columns(self) -> None:
+        for table, column, kind, filling in ADDED:
+            if column in {name for _, name, *_ in self._db.execute(f"PRAGMA table_info({table})")}:
+                continue
+            filled = f"UPDATE {table} SET {column} = {filling} WHERE json_valid(data);{NAMED}" if filling else ""
+            self._db.executescript(f"BEGIN IMMEDIATE; ALTER TABLE {table} ADD COLUMN {column} {kind}; {filled} COMMIT")
 
     def close(self) -> None:
         self._db.close()
@@ -94,8 +146,12 @@ class Store:
 
     def write(self, commands: Iterable[Command], now: float, extra: Sequence[tuple[str, Sequence[Any]]] = ()) -> None:
         """Carries out what touches the disk, all or nothing, and returns when it is durable."""
+        ordered = list(commands)
         with self._transaction():
-            for command in commands:
+            for command in ordered:  # a batch's events come after its points, however they are ordered
+                if isinstance(command, Point) and command.train is not None:
+                    self._step = command.step
+            for command in ordered:
                 self._write(command, now)
             for sql, values in extra:
                 self._db.execute(sql, values)
@@ -106,9 +162,13 @@ class Store:
             case Journal(event=event):
                 data = json.dumps(msgspec.to_builtins(event))
                 run(
-                    "INSERT INTO events (time, kind, data, text) VALUES (?,?,?,?)",
-                    (now, event.kind, data, event.text),
+                    "INSERT INTO events (time, kind, data, text, step, peer) VALUES (?,?,?,?,?,?)",
+                    (now, event.kind, data, event.text, self._reached(), getattr(event, "peer", None)),
                 )
+                if isinstance(event, RolledBack):
+                    self._step = event.step
+                elif isinstance(event, PeerJoined):
+                    run(JOINED, (event.peer, event.name, event.device, now, now))
             case Lease():
                 lease = (command.generation, command.step, command.peer, command.first, command.count)
                 run(
@@ -139,6 +199,9 @@ class Store:
                         *(command.replicas, command.samples, command.nbytes, command.seconds, now, command.degraded),
                     ),
                 )
+                if command.parts:
+                    packed = pack(command.parts, {part.peer: self._key(part.peer) for part in command.parts})
+                    run("INSERT OR REPLACE INTO round_parts VALUES (?,?,?)", (command.round, mark.step, packed))
             case Uncommit(step=step):
                 run(
                     "UPDATE ledger SET state='returned', reason='its round is lost', changed=?"
@@ -146,6 +209,7 @@ class Store:
                     (now, step),
                 )
                 run("DELETE FROM rounds WHERE step > ?", (step,))
+                run("DELETE FROM round_parts WHERE step > ?", (step,))
             case Remember(generation=generation, stop=stop):
                 self._set("generation", generation)
                 self._set("stop", None if stop is None else mark_to_json(stop))
@@ -157,6 +221,23 @@ class Store:
                     "INSERT INTO points (step, samples, time, train, heldout) VALUES (?,?,?,?,?)",
                     (command.step, command.tokens_samples, now, command.train, command.heldout),
                 )
+
+    def _key(self, peer: str) -> int:
+        """The short name of a peer in this file."""
+        if peer not in self._keys:
+            self._db.execute("INSERT OR IGNORE INTO peer_keys (peer) VALUES (?)", (peer,))
+            self._keys[peer] = next(self._db.execute("SELECT key FROM peer_keys WHERE peer = ?", (peer,)))[0]
+        return self._keys[peer]
+
+    def _reached(self) -> int:
+        """Steps done: of the newest loss, or of the rollback after it."""
+        if self._step is None:
+            points = "SELECT time, step FROM points WHERE train IS NOT NULL ORDER BY id DESC LIMIT 1"
+            place = "FROM events WHERE kind = 'RolledBack' ORDER BY id DESC LIMIT 1"
+            backs = f"SELECT time, json_extract(data, '$.step') {place}"
+            (at, step), (back, to) = (next(iter(self._db.execute(sql)), (-1.0, 0)) for sql in (points, backs))
+            self._step = int(to if back >= at else step)
+        return self._step
 
     def set_meta(self, **values: Any) -> None:
         """Stores JSON values by name."""
@@ -175,6 +256,7 @@ class Store:
             self._commit()
             failpoint("coordinator.store.committed")
         except BaseException as error:
+            self._step, self._keys = None, {}
             with contextlib.suppress(sqlite3.Error):
                 self._undo()
             if isinstance(error, sqlite3.Error | OverflowError | OSError):

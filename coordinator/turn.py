@@ -11,13 +11,16 @@ from ..protocol import control_pb2 as pb
 from ..protocol.errors import WireError
 from ..protocol.plan import SavePoint
 from . import events as ev
+from .masking import masked
+from .orders import reason
 from .planning import known_marks
-from .state import Command, Dismiss, Journal, Member, Point, Rules, RunState
+from .state import Ban, Command, Dismiss, Journal, Member, Point, Rules, RunState
 
 TRANSFER_LEASES = 30  # leases' time that taking over a stage, or publishing it, may take
 UNAWARE_SECONDS = 600.0  # that a worker dials in vain, if its owner says nothing else
 STATE_LENGTH = 20  # of the word a worker says of itself
 MOST_HELD = 1000
+BANNED_HINT = "Ask the operator of the run, who alone can let it in again."
 FAULT_LENGTH = 300  # of a peer's text, in the log and in everybody's note
 
 
@@ -63,6 +66,9 @@ class Turn(ABC):
     # What comes in.
 
     def joined(self, member: Member) -> None:
+        if member.peer in self.state.bans:
+            self.refuse_banned(member)
+            return
         if member.peer in self.state.unaware:
             self.set(unaware={p: at for p, at in self.state.unaware.items() if p != member.peer})
         present = self.state.members.get(member.peer)
@@ -95,7 +101,18 @@ class Turn(ABC):
             if (witness := self.state.members.get(present.missed)) is not None:
                 self.parted(witness, member.peer, f"could not send to {member.name}")
             return
-        self.journal(ev.PeerJoined(peer=member.peer, name=member.name, device=member.device))
+        self.journal(
+            ev.PeerJoined(
+                peer=member.peer,
+                name=member.name,
+                device=member.device,
+                region=member.region,
+                memory_gb=member.memory_gb,
+                threads=member.caps.threads,
+                upload_mbps=member.caps.upload_mbps,
+                state_mbps=member.caps.state_mbps,
+            )
+        )
         self.member(replace(member, joined=self.now, last_seen=self.now, busy=self.now))
         self.set(last_join=self.now)
 
@@ -115,10 +132,10 @@ class Turn(ABC):
             if member.away is not None and member.away <= self.now:
                 self.lost(member)
 
-    def lost(self, member: Member) -> None:
-        """A peer is no more."""
-        wanted = needed(self.state, member.peer)
-        self.journal(ev.PeerGone(peer=member.peer, name=member.name, graceful=released(self.state, member.peer)))
+    def lost(self, member: Member, *, graceful: bool = False) -> None:
+        """A peer is no more. ``graceful``: it is known why, or by its own word."""
+        wanted, graceful = needed(self.state, member.peer), graceful or released(self.state, member.peer)
+        self.journal(ev.PeerGone(peer=member.peer, name=member.name, graceful=graceful))
         self.set(members={p: m for p, m in self.state.members.items() if p != member.peer})
         self.set(slow=self.state.slow - {member.peer})
         if member.state != "leaving":
@@ -140,7 +157,9 @@ class Turn(ABC):
             relayed = self.paths(member, beat.links)
             self.member(replace(self.state.members[peer], state=word, busy=busy, relayed=relayed))
         elif body == "leaving":
-            if not member.leaving:
+            if report.leaving.at_once:  # it does not dial again either
+                self.lost(replace(self.state.members[peer], state="leaving"), graceful=True)
+            elif not member.leaving:
                 self.journal(ev.PeerLeaving(peer=peer, name=member.name))
                 self.member(replace(self.state.members[peer], leaving=True))
         elif body == "held":
@@ -246,7 +265,7 @@ class Turn(ABC):
         self.member(replace(member, held=frozenset(p for p in points if p.kind == "round")))
 
     def fault(self, member: Member, message: pb.Fault) -> None:
-        what = " ".join(message.text.split())[:FAULT_LENGTH]
+        what = masked(" ".join(message.text[:1000].split()))[:FAULT_LENGTH]
         self.journal(ev.Faulted(peer=member.peer, name=member.name, what=what))
         if message.missing:
             self.lacks_origin(message.peer)
@@ -302,6 +321,7 @@ class Turn(ABC):
             self.abort(f"{self.state.phase} took too long")
         if self.state.phase == "training":
             self.look_for_hangs()
+        if self.state.phase == "training" and self.state.paused is None:
             self.consider_move()
             self.consider_division()
             self.consider_shares()
@@ -317,11 +337,19 @@ class Turn(ABC):
     def dismiss(self, member: Member, code: str, text: str, hint: str) -> None:
         self.commands.append(Dismiss(peer=member.peer, session=member.session, code=code, text=text, hint=hint))
 
+    def refuse_banned(self, member: Member) -> None:
+        self.dismiss(member, "banned", banned(self.state.bans[member.peer]), BANNED_HINT)
+
     def journal(self, event: ev.Event) -> None:
         self.commands.append(Journal(event=event))
 
     def set(self, **changes: object) -> None:
         self.state = replace(self.state, **changes)  # type: ignore[arg-type]
+
+
+def banned(ban: Ban) -> str:
+    """What a banned peer is told."""
+    return f"this worker is banned from the run{reason(ban.why)}"
 
 
 def needed(state: RunState, peer: str) -> bool:

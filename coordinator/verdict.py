@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..protocol import control_pb2 as pb
 from ..protocol.plan import Plan
-from .state import Mark
+from .state import Mark, Part, Rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +55,21 @@ def minority(votes: Mapping[str, bytes]) -> set[str]:
     best = max(counts.values())
     winners = [v for v, n in counts.items() if n == best]
     return set(votes) if len(winners) > 1 else {p for p, v in votes.items() if v != winners[0]}
+
+
+def parts_of(rules: Rules, plan: Plan, reports: Mapping[str, pb.RoundDone]) -> tuple[Part, ...]:
+    """What each replica brought into a round that is committed."""
+    work = [need.work for need in rules.division(len(plan.stages)).needs]
+    return tuple(
+        Part(
+            peer=replica.peer,
+            stage=i,
+            samples=reports[replica.peer].samples,
+            work=reports[replica.peer].samples * work[i] / sum(work),
+            nbytes=min(reports[replica.peer].nbytes, 2**63 - 1),
+            seconds=reports[replica.peer].seconds if math.isfinite(reports[replica.peer].seconds) else 0.0,
+            digest=bytes(reports[replica.peer].digest),
+        )
+        for i, replicas in enumerate(plan.replicas)
+        for replica in replicas
+    )

@@ -7,6 +7,7 @@ import itertools
 from ..protocol import control_pb2 as pb
 from ..protocol.keepers import all_keepers
 from ..protocol.plan import Plan
+from .orders import reason
 from .planning import committed_point, prospects
 from .state import Mark, Rules, RunState
 from .turn import released
@@ -22,7 +23,7 @@ def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
     place = plan.places.get(peer) if plan else None
     return pb.View(
         phase=state.phase,
-        note=state.note,
+        note=note_of(state, peer),
         plan=plan.to_proto() if plan else None,
         until=state.until,
         end=state.end or 0,
@@ -42,6 +43,17 @@ def view_of(rules: Rules, state: RunState, peer: str) -> pb.View:
             if place is not None and stage == place[0]
         ],
     )
+
+
+def note_of(state: RunState, peer: str = "") -> str:
+    """The run's note, as ``peer`` is told it: what the operator said comes first."""
+    member = state.members.get(peer)
+    if member is not None and member.drained and released(state, peer):
+        return member.drained
+    if state.paused is None or state.phase in ("finished", "stopped"):
+        return state.note
+    said = f"paused by {state.paused.who}{reason(state.paused.why)}"
+    return f"{said}; {state.note}" if state.note else said
 
 
 def keeping(rules: Rules, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..protocol.architecture import of_hf, tensors
+from ..protocol.config import RunConfig
 from ..protocol.errors import ConfigError, StateError, WireError
 from ..protocol.model_config import ModelConfig
 from ..protocol.weights import ITEMSIZE, StoredTensor, Weights, shards_of
-from .publish import read_header
+from .headers import read_header
 
 Progress = Callable[[str, float], None]
 SINGLE = "model.safetensors"
 CACHE_FILE = "weights.json"
+OWN = ("init", "seq_len", "dtype", "train", "lora")  # of model, what is no checkpoint's to say
 _BLOCK = 8 << 20
 
 
@@ -86,11 +88,23 @@ def shaped(model: ModelConfig) -> ModelConfig:
     found = of_hf(read_config(folder_of(model.init)))
     default, theirs = msgspec.structs.asdict(ModelConfig()), msgspec.structs.asdict(found)
     for key, value in msgspec.structs.asdict(model).items():
-        if key not in ("init", "seq_len") and value not in (default[key], theirs[key]):
+        if key not in OWN and value not in (default[key], theirs[key]):
             raise ConfigError(
                 f"model.{key} is {value}, and {theirs[key]} in {model.init}", hint=f"Leave model.{key} out."
             )
-    return msgspec.structs.replace(found, init=model.init, seq_len=model.seq_len)
+    out = msgspec.structs.replace(found, **{key: getattr(model, key) for key in OWN})
+    out.check_targets()
+    return out
+
+
+def with_shape(config: RunConfig) -> tuple[RunConfig, int]:
+    """A run with its checkpoint's shape, and the size of its vocabulary: where the checkpoint is a folder here. Nothing
+    is downloaded: of another one the shape is as ``run.yaml`` says."""
+    if not config.model.init or not Path(config.model.init).expanduser().is_dir():
+        return config, config.data.vocab_size
+    found = read_config(folder_of(config.model.init)).get("vocab_size")
+    size = found if type(found) is int and found > 0 else config.data.vocab_size
+    return msgspec.structs.replace(config, model=shaped(config.model)), size
 
 
 class Checkpoint:

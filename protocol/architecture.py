@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from .errors import ConfigError
-from .model_config import ModelConfig
+from .model_config import PROJECTIONS, ModelConfig
 
 INIT_STD = 0.02  # initializer_range of both
 TITLES = {"gptj": "GPT-J", "llama": "Llama"}
+LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"  # as PEFT's checkpoints have them
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -37,7 +38,7 @@ NAMES = {
 
 
 class Parts(NamedTuple):
-    """The tensors of a model in the order of its flat vector; those of a block by their names inside it."""
+    """Tensors of a model in order; those of a block by their names inside it."""
 
     embedding: Shapes
     block: Shapes
@@ -64,13 +65,48 @@ def parts(model: ModelConfig, vocab_size: int) -> Parts:
 
 
 def tensors(model: ModelConfig, vocab_size: int, first: int, last: int) -> Shapes:
-    """Names and shapes of layers [first, last), in the order of the flat vector, with the embedding before layer 0 and
-    the head after the last layer: what a stage's part of a checkpoint holds."""
-    found, names = parts(model, vocab_size), NAMES[model.architecture]
+    """Names and shapes of layers [first, last), with the embedding before layer 0 and the head after the last layer:
+    what a stage's part of a checkpoint holds; of a run that trains all of it, in the order of the flat vector."""
+    return _named(model, parts(model, vocab_size), first, last)
+
+
+def _named(model: ModelConfig, found: Parts, first: int, last: int) -> Shapes:
+    names = NAMES[model.architecture]
     out = Shapes(found.embedding) if first == 0 else Shapes()
     for i in range(first, last):
         out |= {f"{names.root}.{names.layers}.{i}.{name}": shape for name, shape in found.block.items()}
     return out | found.head if last == model.layers else out
+
+
+def adapters(model: ModelConfig) -> Shapes:
+    """Those of a block, by their names inside it: for each target A [rank, in], then B [out, rank]."""
+    out, rank = Shapes(), model.lora.rank
+    for name, shape in parts(model, 1).block.items():
+        if is_target(model, name):
+            root = name.removesuffix(".weight")
+            out |= {f"{root}.{LORA_A}": (rank, shape[1]), f"{root}.{LORA_B}": (shape[0], rank)}
+    return out
+
+
+def is_target(model: ModelConfig, name: str) -> bool:
+    """Whether a tensor, by its name, is a matrix with adapters."""
+    return is_projection(model, name) and name.split(".")[-2] in model.targets
+
+
+def is_projection(model: ModelConfig, name: str) -> bool:
+    """Whether a tensor, by its name, is a matrix in a block."""
+    *_, module, kind = name.split(".")
+    return kind == "weight" and module in PROJECTIONS[model.architecture]
+
+
+def trained(model: ModelConfig, vocab_size: int) -> Parts:
+    """What is trained of :func:`parts`, and so is in the flat vector: all of it, or the blocks' adapters."""
+    return Parts({}, adapters(model), {}) if model.train == "lora" else parts(model, vocab_size)
+
+
+def trained_tensors(model: ModelConfig, vocab_size: int, first: int, last: int) -> Shapes:
+    """Names and shapes of what layers [first, last) train, in the order of the flat vector."""
+    return _named(model, trained(model, vocab_size), first, last)
 
 
 def weights(shapes: Mapping[str, tuple[int, ...]]) -> int:

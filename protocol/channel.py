@@ -133,6 +133,10 @@ class Channel(Waiting):
             self._part(Bye())
             await asyncio.wait({self._session})
 
+    def tell(self, on_whole: Callable[[Frame], None]) -> None:
+        """Has ``on_whole`` called with each frame from now on, when the peer has acknowledged it."""
+        self._outbox.on_whole = on_whole
+
     @property
     def in_flight_nbytes(self) -> int:
         """Payload bytes that were sent and have not arrived, as far as we have heard."""
@@ -359,6 +363,8 @@ class Channel(Waiting):
         for message, spent_on, dense, nbytes in self._outbox.messages(_now()):
             if self.gate is not None:
                 await self.gate()
+            if self._config.pace is not None:
+                await self._config.pace.wait_for(len(message))
             if self._farewell is not None:
                 return
             if self._ack_due:
@@ -373,6 +379,8 @@ class Channel(Waiting):
 
     async def _put(self, pipe: Pipe, message: Hello | Ack | Bye | Trouble) -> None:
         data = encode_message(message)
+        if self._config.pace is not None:
+            self._config.pace.charge(len(data))
         self._config.meter.record(self.peer_id, "out", Purpose.CONTROL, len(data))
         await pipe.send(data)
 

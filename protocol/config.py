@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from .errors import ConfigError
 from .model_config import ModelConfig as ModelConfig
+from .observe_config import ObserveConfig as ObserveConfig
 from .strict import convert_to
 from .sync_config import PRESETS as PRESETS
 from .sync_config import Count, Section, SyncConfig
@@ -201,6 +202,7 @@ class RunConfig(Section, frozen=True, kw_only=True):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     coordinator: CoordinatorConfig = CoordinatorConfig()
+    observe: ObserveConfig = ObserveConfig()
 
     def __post_init__(self) -> None:
         model, pipeline = self.model, self.pipeline
@@ -239,6 +241,18 @@ def load(path: Path) -> RunConfig:
 def convert(raw: object, origin: str = "run.yaml") -> RunConfig:
     """Plain data to a ``RunConfig``; ``ConfigError`` on anything that does not fit."""
     return convert_to(RunConfig, raw, origin)
+
+
+def told(config: RunConfig) -> RunConfig:
+    """What others may know of it: without the section ``observe``, which may hold secrets."""
+    return msgspec.structs.replace(config, observe=ObserveConfig())
+
+
+def encoded(config: RunConfig) -> str:
+    """A run's configuration as workers are sent it, in JSON."""
+    plain = msgspec.to_builtins(told(config))
+    del plain["observe"]
+    return msgspec.json.encode(plain).decode()
 
 
 def dump(config: RunConfig) -> str:

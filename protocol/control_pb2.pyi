@@ -55,7 +55,7 @@ class Challenge(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "version", "run", "public_key", "signature", "secret_proof", "name", "device", "memory_gb", "speed", "addresses", "savepoints", "session", "p2p")
+    __slots__ = ("protocol", "version", "run", "public_key", "signature", "secret_proof", "name", "device", "memory_gb", "speed", "addresses", "savepoints", "session", "p2p", "region", "upload_mbps", "state_mbps", "threads")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,10 @@ class Hello(_message.Message):
     SAVEPOINTS_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     P2P_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_MBPS_FIELD_NUMBER: _ClassVar[int]
+    STATE_MBPS_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     run: str
@@ -84,7 +88,11 @@ class Hello(_message.Message):
     savepoints: _containers.RepeatedCompositeFieldContainer[SavePoint]
     session: bytes
     p2p: str
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., run: _Optional[str] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., secret_proof: _Optional[bytes] = ..., name: _Optional[str] = ..., device: _Optional[str] = ..., memory_gb: _Optional[float] = ..., speed: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., savepoints: _Optional[_Iterable[_Union[SavePoint, _Mapping]]] = ..., session: _Optional[bytes] = ..., p2p: _Optional[str] = ...) -> None: ...
+    region: str
+    upload_mbps: float
+    state_mbps: float
+    threads: int
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., run: _Optional[str] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., secret_proof: _Optional[bytes] = ..., name: _Optional[str] = ..., device: _Optional[str] = ..., memory_gb: _Optional[float] = ..., speed: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., savepoints: _Optional[_Iterable[_Union[SavePoint, _Mapping]]] = ..., session: _Optional[bytes] = ..., p2p: _Optional[str] = ..., region: _Optional[str] = ..., upload_mbps: _Optional[float] = ..., state_mbps: _Optional[float] = ..., threads: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("peer_id", "config", "manifest", "token", "acked", "relays", "addresses", "p2p_relays", "weights")
@@ -253,7 +261,7 @@ class Ready(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class StepDone(_message.Message):
-    __slots__ = ("generation", "step", "samples", "loss_sum", "targets", "compute_seconds", "wait_seconds")
+    __slots__ = ("generation", "step", "samples", "loss_sum", "targets", "compute_seconds", "wait_seconds", "trace")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +269,7 @@ class StepDone(_message.Message):
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     generation: int
     step: int
     samples: int
@@ -268,7 +277,36 @@ class StepDone(_message.Message):
     targets: int
     compute_seconds: float
     wait_seconds: float
-    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., samples: _Optional[int] = ..., loss_sum: _Optional[float] = ..., targets: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
+    trace: Trace
+    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ..., samples: _Optional[int] = ..., loss_sum: _Optional[float] = ..., targets: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ...) -> None: ...
+
+class Trace(_message.Message):
+    __slots__ = ("began", "before", "ops", "pause", "took", "early", "decode", "encode", "told", "pause_update", "update", "left_out")
+    BEGAN_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    OPS_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_FIELD_NUMBER: _ClassVar[int]
+    TOOK_FIELD_NUMBER: _ClassVar[int]
+    EARLY_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_FIELD_NUMBER: _ClassVar[int]
+    TOLD_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_UPDATE_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    began: int
+    before: int
+    ops: _containers.RepeatedScalarFieldContainer[int]
+    pause: _containers.RepeatedScalarFieldContainer[int]
+    took: _containers.RepeatedScalarFieldContainer[int]
+    early: _containers.RepeatedScalarFieldContainer[int]
+    decode: _containers.RepeatedScalarFieldContainer[int]
+    encode: _containers.RepeatedScalarFieldContainer[int]
+    told: _containers.RepeatedScalarFieldContainer[int]
+    pause_update: int
+    update: int
+    left_out: int
+    def __init__(self, began: _Optional[int] = ..., before: _Optional[int] = ..., ops: _Optional[_Iterable[int]] = ..., pause: _Optional[_Iterable[int]] = ..., took: _Optional[_Iterable[int]] = ..., early: _Optional[_Iterable[int]] = ..., decode: _Optional[_Iterable[int]] = ..., encode: _Optional[_Iterable[int]] = ..., told: _Optional[_Iterable[int]] = ..., pause_update: _Optional[int] = ..., update: _Optional[int] = ..., left_out: _Optional[int] = ...) -> None: ...
 
 class RoundDone(_message.Message):
     __slots__ = ("generation", "step", "samples", "digest", "base_digest", "nbytes", "seconds", "attempt")
@@ -323,8 +361,10 @@ class Prepared(_message.Message):
     def __init__(self, savepoint: _Optional[_Union[SavePoint, _Mapping]] = ...) -> None: ...
 
 class Leaving(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("at_once",)
+    AT_ONCE_FIELD_NUMBER: _ClassVar[int]
+    at_once: bool
+    def __init__(self, at_once: _Optional[bool] = ...) -> None: ...
 
 class Fault(_message.Message):
     __slots__ = ("generation", "text", "peer", "missing")

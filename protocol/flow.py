@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -54,6 +54,7 @@ class Outbox:
         self.unacked_nbytes = 0
         self.in_flight_nbytes = 0  # payload bytes on the present pipe that the peer has not told of
         self.rate = Rate()
+        self.on_whole: Callable[[Frame], None] | None = None  # told of each frame that the peer has
         self._window_nbytes = window_nbytes
         self._entries: dict[int, Outgoing] = {}
         self._acked = self._cursor = self._next = 0
@@ -123,6 +124,8 @@ class Outbox:
             entry = self._entries.pop(sequence)
             self.unacked_nbytes -= cost(entry.frame)
             self.rate.acked(entry, now, idle=sequence + 1 == self._cursor)
+            if self.on_whole is not None:
+                self.on_whole(entry.frame)
         advanced = ack.received > self._acked or arrived > 0
         self._acked = ack.received
         self._peer_consumed = max(self._peer_consumed, ack.consumed)

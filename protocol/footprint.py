@@ -16,11 +16,15 @@ from msgspec.structs import replace
 
 from . import architecture
 from .config import RunConfig
+from .model_config import LoraConfig
 from .plan import Shape
 
 NBYTES = {"fp32": 4, "bf16": 2}
+BASE_NBYTES = {"fp32": 4.0, "bf16": 2.0, "4bit": 0.5 + 4 / 64}  # a weight of a frozen matrix: worker/nf4.py
 LOGITS_NBYTES = 64 << 20  # of fp32 logits, above which the loss is made of parts of the positions (worker/head_loss.py)
 LOGITS_PART_NBYTES = 32 << 20
+ROUND_NBYTES = 16 << 20  # of a round, whatever the size
+RECENT_NBYTES = 1  # a weight, of rounds as they were sent, for newcomers whose state is a few of them old
 MOMENTS_8BIT = 2 * (1 + 4 / 256)  # bytes a weight: a code and its share of a block's scale, twice
 UPDATE_NBYTES = {"cpu": 10 * 4 << 20, "cuda": 8 * 4 << 22}  # copies of the weights that are updated at a time
 CARDS = (8, 10, 12, 16, 24)  # gigabytes (2^30 bytes) that GPUs in homes have
@@ -30,9 +34,13 @@ FRAGMENTED = 0.05  # share of a GPU's memory that is lost between tensors
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of one replica of a stage, at their most. On a GPU, ``reference`` and ``rounds`` are in the machine's."""
+    """Bytes of one replica of a stage, at their most. On a GPU, ``reference`` and ``rounds`` are in the machine's.
+
+    ``parameters``: how many are trained; all but ``base`` and what microbatches take follows from them.
+    """
 
     parameters: int
+    base: float  # frozen weights; 0 where all are trained
     weights: float
     gradients: float
     moments: float
@@ -44,7 +52,7 @@ class Footprint:
 
     @property
     def on_gpu(self) -> float:
-        own = self.weights + self.gradients + self.moments + self.flights + self.graph + self.workspace
+        own = self.base + self.weights + self.gradients + self.moments + self.flights + self.graph + self.workspace
         return own + CONTEXT_NBYTES
 
     @property
@@ -72,22 +80,37 @@ def footprints(
 
 
 class Choice(NamedTuple):
-    """What decides about memory in ``run.yaml``: ``model.dtype``, ``optimizer.bits``, ``pipeline.recompute``."""
+    """What decides about memory in ``run.yaml``: ``model.dtype``, ``optimizer.bits``, ``pipeline.recompute``, and what
+    the base is held in where only adapters train (``model.train``, ``model.lora.base``); empty: all weights train."""
 
     dtype: Literal["fp32", "bf16"]
     bits: Literal[8, 32]
     recompute: bool
+    base: Literal["", "4bit", "bf16", "fp32"] = ""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Choice:
+        model = config.model
+        base: Literal["", "4bit", "bf16", "fp32"] = model.lora.base if model.train == "lora" else ""
+        return cls(model.dtype, config.optimizer.bits, config.pipeline.recompute, base)
 
     def within(self, config: RunConfig) -> RunConfig:
+        model = config.model
+        if self.base:
+            lora = replace(model.lora, base=self.base)
+            model = replace(model, dtype=self.dtype, train="lora", lora=lora)
+        else:
+            model = replace(model, dtype=self.dtype, train="full", lora=LoraConfig())
         return replace(
             config,
-            model=replace(config.model, dtype=self.dtype),
+            model=model,
             optimizer=replace(config.optimizer, bits=self.bits),
             pipeline=replace(config.pipeline, recompute=self.recompute),
         )
 
 
 CHOICES = tuple(Choice(d, b, r) for d in ("fp32", "bf16") for b in (32, 8) for r in (False, True))
+LORA_CHOICES = tuple(Choice("bf16", 32, r, base) for base in ("bf16", "4bit") for r in (False, True))
 
 
 def footprint(
@@ -108,6 +131,7 @@ def footprint(
         flights, graph = (min(window, pipeline.microbatches) + spare) * each, block if pipeline.recompute else 0.0
     return Footprint(
         parameters=n,
+        base=base_nbytes(config, vocab_size, first, last),
         weights=n * e,
         gradients=n * e,
         moments=n * (8 if config.optimizer.bits == 32 else MOMENTS_8BIT),
@@ -117,6 +141,18 @@ def footprint(
         graph=graph,
         workspace=_workspace(config, vocab_size, first, last, device),
     )
+
+
+def base_nbytes(config: RunConfig, vocab_size: int, first: int, last: int) -> float:
+    """Of the frozen weights of layers [first, last)."""
+    model = config.model
+    if model.train == "full":
+        return 0.0
+    total = 0.0
+    for name, shape in architecture.tensors(model, vocab_size, first, last).items():
+        held = BASE_NBYTES[model.lora.base] if architecture.is_projection(model, name) else NBYTES[model.dtype]
+        total += math.prod(shape) * held
+    return total
 
 
 def recomputes(config: RunConfig, vocab_size: int, first: int, last: int, device: str) -> bool:
@@ -151,6 +187,8 @@ def graph_nbytes(config: RunConfig, device: str) -> float:
         unit = 5 * (d + f) * e
         if device == "cpu":  # the plain arithmetic of attention, in fp32
             unit += m.heads * m.seq_len * (4 if e == 4 else 4 + e) + (2 * d * (4 - e))
+    if m.train == "lora":
+        unit += len(m.targets) * m.lora.rank * e  # what A makes of the input
     return float(_units(config) * unit)
 
 
@@ -159,12 +197,17 @@ def _units(config: RunConfig) -> int:
 
 
 def _rounds(config: RunConfig, n: int) -> float:
-    """The state of the last round, x, m and v; the copies of a round on its way, again these three; what it makes of x
-    and of the reference; what is sent and what is left."""
-    sync = config.sync.resolved()
-    vectors = 3 + 3 + 2 + 2
-    vectors += 4 * bool(sync.outer_momentum) + 3 * (sync.feedback == "explicit")
-    return 4.0 * n * vectors
+    """The state to go back to and the one that a round makes: each has x and the moments as they lie in memory, the new
+    one a reference of its own. What an owner of half of the weights owes, now and before. Of the weights that are moved
+    at a time, what is left of them, what is decided, by how much they move, and parts of that. What a round that sends
+    everything sends, and the last rounds as they were sent."""
+    sync, e = config.sync.resolved(), NBYTES[config.model.dtype]
+    moments = 8 if config.optimizer.bits == 32 else MOMENTS_8BIT
+    is_lossy = min(sync.density, sync.topk) < 1 or sync.bits < 32
+    vectors = 1 + is_lossy + 4 / sync.fragments + 1
+    vectors += 3 * bool(sync.outer_momentum) + 2 * (sync.feedback == "explicit")
+    recent = max(RECENT_NBYTES, sync.density * sync.topk * sync.bits / 8) if config.checkpoint.keepers else 0.0
+    return n * (4.0 * vectors + 2 * (e + moments) + recent) + ROUND_NBYTES
 
 
 def _workspace(config: RunConfig, vocab_size: int, first: int, last: int, device: str) -> float:
@@ -173,8 +216,10 @@ def _workspace(config: RunConfig, vocab_size: int, first: int, last: int, device
     e, d, f = NBYTES[model.dtype], model.d_model, model.d_ff
     parts = architecture.parts(model, vocab_size)
     shapes = {**parts.block, **(parts.embedding if first == 0 else {}), **(parts.head if last == model.layers else {})}
-    matrix = max(map(math.prod, shapes.values())) * e  # a gradient before it is added
-    backward = matrix + units * (3 * f + 2 * d) * e
+    lora = model.train == "lora"
+    # A gradient before it is added; of a frozen base, a matrix in the dtype of the arithmetic.
+    matrix = max(map(math.prod, (parts.block if lora else shapes).values())) * e
+    backward = max(map(math.prod, parts.block.values())) * e + units * (3 * f + 2 * d) * e
     if device == "cpu" and model.architecture == "gptj":
         scores = 2 * model.heads * model.seq_len * 4
         backward += units * max(0, scores - 4 * f * e)  # the MLP's graph is gone by then
@@ -182,8 +227,10 @@ def _workspace(config: RunConfig, vocab_size: int, first: int, last: int, device
     if last == model.layers:
         logits = units * vocab_size * 4
         in_parts = logits > LOGITS_NBYTES
-        loss = 2 * LOGITS_PART_NBYTES + vocab_size * d * e if in_parts else 3 * logits + matrix
+        of_head = 0 if lora else matrix
+        n_parts = 4 if e == 4 else 5  # logits, in bf16 too, and what becomes of them on the way to their gradient
+        loss = n_parts * LOGITS_PART_NBYTES + (0 if lora else vocab_size * d * e) if in_parts else 3 * logits + of_head
         loss += 2 * units * d * e
     plain = model.dtype == "fp32" and config.optimizer.bits == 32
     update = 0 if plain else UPDATE_NBYTES["cuda" if device == "cuda" else "cpu"]
-    return float(max(loss, backward, update))
+    return float(max(loss, backward, matrix, update))  # an embedding's gradient comes when the blocks' are done

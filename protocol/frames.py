@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Annotated, Any
 
@@ -109,8 +109,11 @@ Check = Callable[[Header], None]
 
 @dataclass(frozen=True, slots=True)
 class Frame:
+    """``arrived``: when it came in, in seconds of ``time.perf_counter``; 0: it is our own."""
+
     header: Header
     payload: bytes
+    arrived: float = field(default=0.0, compare=False)
 
 
 def make_frame(payload: bytes, **fields: Any) -> Frame:

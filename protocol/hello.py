@@ -10,6 +10,7 @@ PROTOCOL = 1  # raised when an older worker could no longer take part
 STREAM = "/potluck.Coordinator/Control"
 BLOB = "/potluck.Coordinator/Blob"
 UPLOAD = "/potluck.Coordinator/Upload"
+DRAINED = "drained"  # how a view's note begins that says why the operator lets its worker go
 
 
 def signed_part(nonce: bytes, fingerprint: str, run: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal
 
 import msgspec
@@ -12,6 +13,25 @@ from .sync_config import Section
 
 Architecture = Literal["gptj", "llama"]
 GPTJ_ROPE_THETA = 10_000.0  # the only one that GPT-J knows
+# The matrices in a block, in the order that an adapter for each has in the flat vector, by the names in a checkpoint.
+PROJECTIONS = {
+    "gptj": ("k_proj", "v_proj", "q_proj", "out_proj", "fc_in", "fc_out"),
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+class LoraConfig(Section, frozen=True, kw_only=True):
+    """Adapters beside a frozen base (Hu et al., arXiv 2106.09685): for a matrix W [out, in], B A alpha / rank is added,
+    with A [rank, in] drawn from the seed and B [out, rank] zero at first."""
+
+    rank: Annotated[int, Meta(ge=1, le=4096)] = 16
+    alpha: Annotated[float, Meta(gt=0, le=1e6)] = 32.0
+    # Which matrices of every block: gptj k_proj, v_proj, q_proj, out_proj, fc_in, fc_out; llama q_proj, k_proj, v_proj,
+    # o_proj, gate_proj, up_proj, down_proj. Empty: all of them.
+    targets: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=16)] = ()
+    # What the blocks' matrices are held in: 4bit is NF4 with a scale for every 64 weights (worker/nf4.py), 4.5 bits a
+    # weight. Embedding, norms, biases and head are held in model.dtype, which all arithmetic is in.
+    base: Literal["4bit", "bf16", "fp32"] = "4bit"
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
@@ -35,6 +55,10 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     rope_theta: Annotated[float, Meta(ge=0, le=1e12)] = 0.0  # usual: 10,000
     norm_eps: Annotated[float, Meta(ge=0, le=1e-2)] = 0.0  # usual: 1e-5
     seq_len: Annotated[int, Meta(ge=8, le=65536)] = 128
+    # full: all weights. lora: adapters only, beside a base that stays as the checkpoint has it. The base is neither
+    # exchanged nor saved: every worker gets its own layers' part from the checkpoint. What is published is whole again.
+    train: Literal["full", "lora"] = "full"
+    lora: LoraConfig = LoraConfig()
     # Of the weights that train, their gradients and the arithmetic of the blocks. What the replicas share stays fp32,
     # and so does what is published. bf16 halves the memory; updates are rounded by chance (worker/rounding.py).
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -53,9 +77,17 @@ class ModelConfig(Section, frozen=True, kw_only=True):
             rotary_dim=self.rotary_dim or (self.head_dim if llama else max(2, min(64, self.head_dim // 4 * 2))),
             rope_theta=self.rope_theta or GPTJ_ROPE_THETA,
             norm_eps=self.norm_eps or 1e-5,
+            lora=msgspec.structs.replace(self.lora, targets=self.targets) if self.train == "lora" else self.lora,
         )
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the projections that have adapters, in their order."""
+        known = PROJECTIONS[self.architecture]
+        return tuple(name for name in known if name in self.lora.targets) or known
+
     def __post_init__(self) -> None:
+        self._check_lora()
         if self.d_model % self.heads:
             raise ConfigError(
                 f"model.d_model {self.d_model} is not a multiple of model.heads {self.heads}",
@@ -65,6 +97,40 @@ class ModelConfig(Section, frozen=True, kw_only=True):
             self._check_llama()
         else:
             self._check_gptj()
+
+    def check_targets(self) -> None:
+        """``ConfigError`` for a target that the architecture does not have. Called once that is known: where
+        ``model.init`` names a checkpoint, ``model.architecture`` may be left out."""
+        known = PROJECTIONS[self.architecture]
+        if strange := sorted(set(self.lora.targets) - set(known)):
+            raise ConfigError(
+                f"model.lora.targets: {strange[0]} is no matrix of {self.architecture}'s blocks",
+                hint=f"Name some of {', '.join(known)}.",
+            )
+
+    def _check_lora(self) -> None:
+        known = dict.fromkeys(itertools.chain(*PROJECTIONS.values()))
+        if self.train == "full":
+            if self.lora != LoraConfig():
+                raise ConfigError(
+                    "model.lora is set, and model.train is full",
+                    hint="Set model.train: lora, or leave model.lora out.",
+                )
+            return
+        if not self.init:
+            raise ConfigError(
+                "model.train is lora, and there is no base: model.init is empty",
+                hint="Name a checkpoint in model.init, or take model.train: full.",
+            )
+        if strange := sorted(set(self.lora.targets) - set(known)):
+            raise ConfigError(
+                f"model.lora.targets: {strange[0]} is no matrix of a block", hint=f"Name some of {', '.join(known)}."
+            )
+        if self.lora.base == "fp32" and self.dtype == "bf16":
+            raise ConfigError(
+                "model.lora.base is fp32, and the blocks compute in model.dtype bf16",
+                hint="Take model.lora.base: bf16, or model.dtype: fp32.",
+            )
 
     def _check_gptj(self) -> None:
         if self.head_dim < 2 or self.rotary_dim > self.head_dim or self.rotary_dim % 2:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 from .errors import PotluckError, UnreachableError, WireError
 from .frames import MAX_FRAME_NBYTES, Check, Reason
 from .meter import Meter
+from .throttle import Pace
 
 _log = logging.getLogger(__name__)
 
@@ -65,12 +66,14 @@ def _log_wire_error(peer_id: str, error: WireError) -> None:
 class ChannelConfig:
     """``check`` sees a header before its payload is kept; ``on_error`` hears of every message refused.
 
-    ``give_up`` is how long a broken path may stay broken; ``dial_timeout`` bounds one attempt.
+    ``give_up`` is how long a broken path may stay broken; ``dial_timeout`` bounds one attempt. ``pace`` is one for all
+    channels: the owner's cap on what goes out.
     """
 
     check: Check = _allow
     on_error: Callable[[str, WireError], None] = _log_wire_error
     meter: Meter = field(default_factory=Meter)
+    pace: Pace | None = None
     send_window_nbytes: int = 64 << 20
     receive_window_nbytes: int = 64 << 20
     max_frame_nbytes: int = MAX_FRAME_NBYTES

@@ -317,10 +317,11 @@ def is_whole(stages: tuple[StagePlan, ...]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model as its stages see it: one flat vector of weights, the embedding first, layer after layer, the head last.
+    """A model as its stages see it: one flat vector of what is trained, the embedding first, layer after layer, the
+    head last.
 
-    A stage's weights are the slice from its first layer's start to its last one's end. Counts are of weights; *work*
-    is in multiply-adds per token.
+    A stage's weights are the slice from its first layer's start to its last one's end. Counts are of weights that are
+    trained; *work*, of those and of frozen ones, is in multiply-adds per token.
     """
 
     layers: int
@@ -333,14 +334,14 @@ class Shape:
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> Shape:
-        parts = architecture.parts(model, vocab_size)
+        parts, trained = architecture.parts(model, vocab_size), architecture.trained(model, vocab_size)
         return cls(
             layers=model.layers,
             vocab_size=vocab_size,
-            embedding=architecture.weights(parts.embedding),
-            block=architecture.weights(parts.block),
-            head=architecture.weights(parts.head),
-            block_work=architecture.work(parts.block),
+            embedding=architecture.weights(trained.embedding),
+            block=architecture.weights(trained.block),
+            head=architecture.weights(trained.head),
+            block_work=architecture.work(parts.block | trained.block),
             head_work=architecture.work(parts.head),
         )
 

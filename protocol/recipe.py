@@ -45,12 +45,14 @@ class TokenizerConfig(Section, frozen=True, kw_only=True):
     """``train``: a byte-level BPE of the sources' first text, ``spare`` of its words for denoising (sentinels and, of
     four or more, three modes). ``gptj``: GPT-2's BPE and 143 spare words, from a folder or ``package:NAME/FOLDER`` with
     encoder.json and vocab.bpe. ``folder``: tokenizer.json and tokenizer_config.json of a checkpoint; ``vocab_size`` is
-    then the rows of its embedding, if there are more than words."""
+    then the rows of its embedding, if there are more than words, and ``spare_words`` names special words of it that
+    become sentinels and, the last three, modes: a checkpoint has rarely words that were made for that."""
 
     kind: Literal["train", "gptj", "folder"] = "train"
     path: str = ""
     vocab_size: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
     spare: Annotated[int, Meta(ge=0, le=1024)] = 0
+    spare_words: Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(max_length=1024)] = ()
 
     def __post_init__(self) -> None:
         if self.kind == "train" and self.vocab_size < 257 + self.spare:
@@ -62,6 +64,12 @@ class TokenizerConfig(Section, frozen=True, kw_only=True):
             raise ConfigError(
                 f"tokenizer.kind {self.kind} needs a path and has no spare words to choose",
                 hint="Set tokenizer.path, leave tokenizer.spare out.",
+            )
+        n_spare = len(set(self.spare_words))
+        if self.spare_words and (self.kind != "folder" or not 5 <= n_spare == len(self.spare_words)):
+            raise ConfigError(
+                "tokenizer.spare_words are five or more different words of a tokenizer of kind folder",
+                hint="Two sentinels and the modes R, X and S are the least; leave it out where nothing is denoised.",
             )
 
 

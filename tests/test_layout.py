@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,5 +97,19 @@ def test_the_wheel_holds_every_module(tmp_path):
     within = {".".join(["potluck", *folder.parts]) for folder in inner}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert set(project["tool"]["setuptools"]["packages"]) == {"potluck", *(f"potluck.{p}" for p in PACKAGES), *within}
-    kinds = {p.suffix for p in (ROOT / "coordinator" / "web").iterdir()}
-    assert kinds <= {".html", ".css", ".js", ".svg"}
+    page = ROOT / "coordinator" / "dashboard" / "page"
+    packaged = {f"page/{p.relative_to(page)}" for p in page.rglob("*") if p.is_file()}
+    patterns = project["tool"]["setuptools"]["package-data"]["potluck.coordinator.dashboard"]
+    assert packaged <= {
+        f"{p.parent.relative_to(page.parent)}/{p.name}" for pattern in patterns for p in page.parent.glob(pattern)
+    }
+    assert {p.suffix for p in page.iterdir() if p.is_file()} <= {".html", ".css", ".js", ".svg"}
+
+
+def test_the_page_holds_only_what_it_names_from_elsewhere():
+    """Vendored files are those that the README beside them names, unchanged."""
+    vendor = ROOT / "coordinator" / "dashboard" / "page" / "vendor"
+    sums = dict(re.findall(r"^\| `(\S+)` \| `([0-9a-f]{64})` \|$", (vendor / "README.md").read_text(), re.M))
+    assert {p.name for p in vendor.iterdir()} - {"README.md", "uPlot.LICENSE.txt"} == sums.keys()
+    for name, digest in sums.items():
+        assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == digest, name

@@ -21,15 +21,13 @@ from torch import Tensor
 from ..protocol.errors import StateError
 from ..protocol.failpoints import failpoint
 from ..protocol.plan import SavePoint
+from .moments import Coded, Moment
 from .stage import Owned, State, digest
 
-VECTORS = ("g", "x", "m", "v", "momentum", "unsent", "feedback")
+VECTORS = ("g", "x", "m", "v", "momentum", "unsent")
+FEEDBACK = "feedback"  # of all shards, one after the other
+SCALES = {"m": "m.scales", "v": "v.scales"}  # of moments in 8 bits, beside their codes
 KEPT_ROUNDS = 2
-
-
-def to_bytes(state: State) -> bytes:
-    """A state as safetensors."""
-    return safetensors.torch.save(_tensors(state), _metadata(state))
 
 
 class SavePoints:
@@ -41,6 +39,7 @@ class SavePoints:
         self._saving = threading.Lock()
         self._memory: dict[SavePoint, State] = {}
         self._disk: dict[SavePoint, Path] = {}
+        self.trouble = ""  # why the last state could not be saved
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.tmp"):
@@ -88,7 +87,12 @@ class SavePoints:
     def save(self, state: State) -> None:
         """On disk, durably; of rounds the ``KEPT_ROUNDS`` written last stay."""
         with self._saving:  # a round is saved in the background; a stop may save the same one at the same time
-            self._save(state)
+            try:
+                self._save(state)
+            except StateError as error:
+                self.trouble = error.one_line()
+                raise
+            self.trouble = ""
 
     def _save(self, state: State) -> None:
         point = state.point
@@ -120,20 +124,35 @@ def write_state(path: Path, state: State) -> None:
     """Durably: a temporary file, fsync and a rename. ``StateError`` if the disk refuses."""
     temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(to_bytes(state))
-            file.flush()
+        safetensors.torch.save_file(_tensors(state), temporary, _metadata(state))  # out of the tensors' own memory
+        with temporary.open("rb+") as file:
             failpoint("worker.savepoint.write")
             os.fsync(file.fileno())
         failpoint("worker.savepoint.rename")
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise StateError(f"{path}: cannot be written ({error})", hint="Free some space on that disk.") from None
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
-    return {name: vector for name in VECTORS if (vector := getattr(state, name)) is not None}
+    out: dict[str, Tensor] = {}
+    for name in VECTORS:
+        match getattr(state, name):
+            case Coded(codes=codes, scales=scales):
+                out |= {name: codes, SCALES[name]: scales}
+            case Tensor() as vector:
+                out[name] = vector
+    if state.owned is not None and any(kept is not None for kept in state.feedback):
+        lengths = [end - start for start, end in state.owned.shards(state.g.numel())]
+        both = zip(state.feedback, lengths, strict=True)
+        out[FEEDBACK] = torch.cat([torch.zeros(n) if kept is None else kept for kept, n in both])
+    return out
+
+
+def _moment(tensors: dict[str, Tensor], name: str) -> Moment | None:
+    scales = tensors.get(SCALES[name])
+    return tensors.get(name) if scales is None else Coded(tensors[name], scales, signed=name == "m")
 
 
 def _metadata(state: State) -> dict[str, str]:
@@ -187,22 +206,25 @@ def _state(tensors: dict[str, Tensor], metadata: dict[str, str], wanted: SavePoi
         raise ValueError("it is of another step or stage")
     if wanted.digest and point.digest != wanted.digest:
         raise ValueError("its weights are not the run's")
-    if strange := tensors.keys() - set(VECTORS):
+    if strange := tensors.keys() - {*VECTORS, *SCALES.values(), FEEDBACK}:
         raise ValueError(f"it has a strange {min(strange)}")
     owned = None
     if metadata["owned"]:
         fragments, replicas, replica = map(int, metadata["owned"].split(":"))
         owned = Owned(fragments=fragments, replicas=replicas, replica=replica)
+    feedback: tuple[Tensor | None, ...] = ()
+    if FEEDBACK in tensors and owned is not None:
+        feedback = tensors[FEEDBACK].split([end - start for start, end in owned.shards(size)])
     state = State(
         point=point,
         g=tensors["g"],
-        m=tensors.get("m"),
-        v=tensors.get("v"),
+        m=_moment(tensors, "m"),
+        v=_moment(tensors, "v"),
         updates=int(metadata["updates"]),
         x=tensors.get("x"),
         momentum=tensors.get("momentum"),
         unsent=tensors.get("unsent"),
-        feedback=tensors.get("feedback"),
+        feedback=feedback,
         owned=owned,
         pending=int(metadata["pending"]),
     )
@@ -216,11 +238,17 @@ def check(state: State, size: int) -> None:
         vector = getattr(state, name)
         if vector is None:
             continue
-        if vector.dim() != 1 or (name != "feedback" and vector.numel() != size):
+        if isinstance(vector, Coded):
+            vector.check(size)
+            continue
+        if vector.shape != (size,):
             raise ValueError(f"its {name} has another size")
-        if vector.dtype != torch.float32 or not torch.isfinite(vector).all():
-            raise ValueError(f"its {name} is not made of finite fp32 numbers")
-    if state.v is not None and bool((state.v < 0).any()):
+        dtypes = (torch.float32, torch.bfloat16) if name == "x" else (torch.float32,)
+        if vector.dtype not in dtypes or not torch.isfinite(vector).all():
+            raise ValueError(f"its {name} is not made of finite numbers of its kind")
+    if any(k is not None and not (k.dtype == torch.float32 and torch.isfinite(k).all()) for k in state.feedback):
+        raise ValueError("what it owes is not made of finite fp32 numbers")
+    if isinstance(state.v, Tensor) and bool((state.v < 0).any()):
         raise ValueError("its v, means of squares, has negative numbers")
     if not (0 <= state.updates < 2**31 and 0 <= state.pending < 2**53):
         raise ValueError("its counts are impossible")

@@ -94,6 +94,7 @@ class Control:
         self.welcome: asyncio.Future[pb.Welcome] = asyncio.get_running_loop().create_future()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.state = "loading"
+        self.connected = False
         self.idle: Callable[[], bool] = lambda: True  # whether the computing thread waits for somebody
         self.paths: Callable[[], dict[str, PathInfo]] = dict  # to the peers that it sends to
         self._loop = asyncio.get_running_loop()
@@ -150,10 +151,10 @@ class Control:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(queue)
 
-    def leave(self) -> None:
-        """Asks to go; said again on every new connection until we are released."""
+    def leave(self, *, at_once: bool = False) -> None:
+        """Asks to go; said again on every new connection until we are released. ``at_once``: says that we are gone."""
         self._leaving = True
-        self.report(leaving=pb.Leaving())
+        self.report(leaving=pb.Leaving(at_once=at_once))
 
     def withdraw_p2p(self) -> None:
         """There is no libp2p daemon, though the hello named one: says hello again without."""
@@ -233,7 +234,7 @@ class Control:
                     self._token = message.welcome.token
                     self._reports.welcomed(message.welcome.acked)
                     self._acked.set()
-                    self._welcomed, self._sent = self._loop.time(), 0
+                    self._welcomed, self._sent, self.connected = self._loop.time(), 0, True
                     if sender is None:
                         sender = asyncio.create_task(self._send(stream))
                     if not self.welcome.done():
@@ -262,6 +263,7 @@ class Control:
         except STREAM_ERRORS as error:
             raise UnreachableError(f"the stream broke ({reason(error)})") from None
         finally:
+            self.connected = False
             if sender:
                 sender.cancel()
                 await asyncio.gather(sender, return_exceptions=True)
@@ -311,6 +313,10 @@ class Control:
             speed=offer.speed,
             addresses=offer.addresses,
             p2p=offer.p2p,
+            region=offer.region,
+            upload_mbps=offer.upload_mbps,
+            state_mbps=offer.state_mbps,
+            threads=offer.threads,
             savepoints=[p.to_proto() for p in self.savepoints()],
             session=self._session,
         )

@@ -6,12 +6,14 @@ Rounds run beside it on a thread of their own, unless they must be applied at on
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from ..protocol import control_pb2 as pb
 from ..protocol.errors import DivergedError, PotluckError, StateError, WireError
 from ..protocol.failpoints import failpoint
+from ..protocol.footprint import RECENT_NBYTES
 from ..protocol.plan import Plan, SavePoint, Shape
 from ..protocol.schedule import fragments, is_applied, is_round
 from . import plan as rules
@@ -23,8 +25,8 @@ from .origin import origin
 from .outside import EngineConfig, Headquarters, MissingError, Views
 from .pipeline import Pipeline
 from .plan import Local, View, next_action
-from .publishing import upload
-from .stage import Stage, State, digest
+from .publishing import packing, upload
+from .stage import Stage, State, digest, initial_state
 from .states import States
 from .sync import Outcome, Synchronizer, apply
 
@@ -48,6 +50,7 @@ class Engine:
         self.local = Local(peer=config.peer)
         self.sync_rule = config.run.sync.resolved()
         self.stage: Stage | None = None
+        self.layers: tuple[int, int] | None = None  # of the newest stage
         self._seat: Seat | None = None
         self._pipeline: Pipeline | None = None
         self._synchronizer: Synchronizer | None = None
@@ -59,11 +62,11 @@ class Engine:
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._pending: Future[Outcome] | None = None
         self._since = 0  # samples since the last capture
-        self._captured = 0
+        self._captured = self._committed = 0
         self._in_capture = 0  # samples of the round on its way
         self._count = 0  # committed rounds seen
-        self._committed = 0
         self._diverged = -1  # the committed round after which it happened
+        self.vacated: Callable[[], None] = lambda: None  # called once it computes no more, though a round may yet
 
     def run(self) -> None:
         try:
@@ -95,6 +98,7 @@ class Engine:
         finally:
             self.mailbox.close()
             self.views.close()  # ends an upload
+            self.vacated()
             for beside in (self._rounds, self._uploads):
                 beside.shutdown(wait=True, cancel_futures=True)
             if self._memory is not None:
@@ -146,6 +150,7 @@ class Engine:
         if self.stage is None or (self.stage.first, self.stage.last) != layers:
             self.stage = self._pipeline = self._synchronizer = None  # who moves makes room first
             self.stage = self._build(layers)
+        self.layers = layers
         try:
             failpoint("worker.seat.fetch")
             state = origin(self.states, plan, peer, self.shape, lambda: self._is_over(plan))
@@ -157,10 +162,10 @@ class Engine:
         failpoint("worker.seat.fetched")
         if state is None:
             point = SavePoint(kind="round", generation=0, step=0, first_layer=layers[0], last_layer=layers[1])
-            state = self._build(layers, "cpu").state(point)  # beside the one that trains, for which there is room
+            state = initial_state(self.config.run, self.shape.vocab_size, point, self.config.beginning)
         self.stage.load(state)
         self.points.keep(state)
-        self.states.recent.most_nbytes = 4 * self.stage.size
+        self.states.recent.most_nbytes = RECENT_NBYTES * self.stage.size
         if number == 0 and self._data is None:
             self._data = Dataset(self.hq.corpus(), self.hq.fetch)
             run = self.config.run
@@ -186,9 +191,9 @@ class Engine:
         view, _ = self.views.newest
         return self.views.closed or view.plan is None or view.plan.generation != plan.generation
 
-    def _build(self, layers: tuple[int, int], device: str = "") -> Stage:
-        run, manifest, where = self.config.run, self.config.manifest, device or self.config.device
-        return Stage(run, manifest.vocab_size, *layers, device=where, beginning=self.config.beginning)
+    def _build(self, layers: tuple[int, int]) -> Stage:
+        config = self.config
+        return Stage(config.run, self.shape.vocab_size, *layers, device=config.device, beginning=config.beginning)
 
     def _reroute(self, plan: Plan, view: View) -> None:
         """Somebody is lost and the generation goes on: a round on its way is void, its samples go into the next."""
@@ -224,6 +229,7 @@ class Engine:
                 targets=result.loss_targets if self._seat.is_last else 0,
                 compute_seconds=result.seconds - result.wait_seconds,
                 wait_seconds=result.wait_seconds,
+                trace=result.trace,
             )
         )
         plan = self._pipeline.seat.plan
@@ -244,7 +250,7 @@ class Engine:
         run = self.config.run
         last = done == run.steps
         which = fragments(self.sync_rule, run.seed, done - 1, last)
-        capture = self._synchronizer.capture(self.stage, done, self._since, which, full=last)
+        capture = self._synchronizer.capture(self.stage, done, self._since, which, full=last, late=not (wait or last))
         failpoint("worker.round.captured")
         self._in_capture, self._since, self._captured = self._since, 0, done
         self.local = replace(self.local, round=done)
@@ -310,22 +316,19 @@ class Engine:
             self.mailbox.forget(self.local.generation, view.committed)
         self.points.forget(view.committed, view.publish)
         self._count += 1
-        if self._count % self.config.run.checkpoint.save_rounds == 0 and (state := self._committed_state(view)):
+        if self._count % self.config.run.checkpoint.save_rounds == 0 and (state := self._round_of(view.committed)):
             self._rounds.submit(self._save_round, state)
 
-    def _committed_state(self, view: View) -> State | None:
-        """The last committed round, as we hold it."""
-        if self.stage is None:
-            return None
-        layers = (self.stage.first, self.stage.last)
-        made = [p.generation for p in self.points.points() if p.kind == "round" and p.step == view.committed]
-        return self.points.find("round", max(made), view.committed, layers) if made else None
+    def _round_of(self, step: int) -> State | None:
+        """As we hold it."""
+        made = [p.generation for p in self.points.points() if p.kind == "round" and p.step == step]
+        return self.points.find("round", max(made), step, self.layers) if made and self.layers else None
 
     def _save_round(self, state: State) -> None:
         try:
             self.points.save(state)
-        except StateError as error:  # training goes on: the others hold this round too
-            log.error("%s", error.one_line())
+        except StateError as error:
+            log.error("%s", error.one_line())  # training goes on: the others hold this round too
 
     def _drop_pending(self) -> None:
         pending, self._pending = self._pending, None
@@ -341,14 +344,9 @@ class Engine:
         result = self._pipeline.evaluate(position)
         self.local = replace(self.local, evaluated=position)
         if self._seat.is_last and result is not None:
-            self.hq.report(
-                eval_done=pb.EvalDone(
-                    generation=self.local.generation,
-                    step=position,
-                    loss_sum=result.loss_sum,
-                    targets=result.loss_targets,
-                )
-            )
+            generation, targets = self.local.generation, result.loss_targets
+            done = pb.EvalDone(generation=generation, step=position, loss_sum=result.loss_sum, targets=targets)
+            self.hq.report(eval_done=done)
 
     # Ends.
 
@@ -374,24 +372,29 @@ class Engine:
 
     def save_committed(self, view: View | None = None) -> None:
         """The last committed round to disk, of the newest view if none is given. ``StateError`` if that cannot be."""
-        if state := self._committed_state(view or self.views.newest[0]):
+        if state := self._round_of((view or self.views.newest[0]).committed):
             self.points.save(state)
+
+    def let_go(self) -> None:
+        """Drops what takes most memory, once it is ``vacated``; what was kept can still be saved."""
+        self.stage = self._pipeline = self._synchronizer = self._data = self._pending = None
 
     def _publish(self, step: int) -> None:
         assert self.stage and self._seat
-        made = [p.generation for p in self.points.points() if p.kind == "round" and p.step == step]
-        state = self.points.find("round", made[-1], step, (self.stage.first, self.stage.last)) if made else None
+        state = self._round_of(step)
         if state is None:
             raise WireError(f"the round of step {step} is not here any more")
         self.local = replace(self.local, published=step)
         stage, generation = self._seat.stage, self._seat.plan.generation
         tensors = {name: t.contiguous() for name, t in self.stage.named(state.g).items()}
+        make = packing(self.config, state.point, tensors, self.points.folder)
         failpoint("worker.publish")
-        self._uploads.submit(upload, self.hq, self.views, step, stage, generation, tensors)
+        self._uploads.submit(upload, self.hq, self.views, step, stage, generation, make)
 
     def _leave(self, view: View) -> None:
         failpoint("worker.leave")
         self.hq.state = "leaving"
+        self.vacated()  # what is saved is in the machine's memory
         self._drop_pending()
         if view.phase != "finished":
             self.save_committed(view)

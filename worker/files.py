@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from mmap import mmap
 from pathlib import Path
 
 import grpc
@@ -16,6 +17,7 @@ from ..protocol.failpoints import failpoint, failpoint_async
 from ..protocol.frames import Purpose
 from ..protocol.hello import BLOB, UPLOAD
 from ..protocol.meter import Meter
+from ..protocol.throttle import Pace
 from .control import COORDINATOR, STREAM_ERRORS, reason
 from .places import Place, download, is_near
 
@@ -32,14 +34,15 @@ async def at_once() -> None:
 
 class Files:
     """``line`` gives the connection in use and the token of its session. ``give_way`` is waited for before each piece
-    that goes out. ``locations``: folders with shards that are asked before the coordinator, whose host is
-    ``coordinator``: where that is in a network of its own, they may be, too."""
+    that goes out; ``pace`` is the owner's cap. ``locations``: folders with shards that are asked before the
+    coordinator, whose host is ``coordinator``: where that is in a network of its own, they may be, too."""
 
     def __init__(
         self, line: Callable[[], tuple[grpc.aio.Channel, bytes]], meter: Meter, is_over: Callable[[], bool]
     ) -> None:
         self._line, self._meter, self._is_over = line, meter, is_over
         self.give_way: Callable[[], Awaitable[None]] = at_once
+        self.pace: Pace | None = None
         self.locations: tuple[str, ...] = ()
         self.coordinator = ""
         self._failures: dict[str, int] = {}  # of each location, since it last had something
@@ -126,7 +129,7 @@ class Files:
             raise WireError("the corpus arrived damaged", hint="Join again.")
         part.replace(target)
 
-    async def upload(self, step: int, stage: int, data: bytes) -> None:
+    async def upload(self, step: int, stage: int, data: bytes | mmap) -> None:
         """A stage of a published round, piece by piece behind what training sends. ``UnreachableError`` if it did not
         arrive."""
         channel, token = self._line()
@@ -136,6 +139,8 @@ class Files:
             for start in range(0, len(data), PIECE_NBYTES):
                 await self.give_way()
                 piece = data[start : start + PIECE_NBYTES]
+                if self.pace is not None:
+                    await self.pace.wait_for(len(piece))
                 self._meter.record(COORDINATOR, "out", Purpose.STATE, len(piece))
                 if start:
                     yield pb.UploadPiece(data=piece)
@@ -152,7 +157,10 @@ class Files:
         try:
             await failpoint_async("worker.upload", UnreachableError)
             result = await method(pieces())
-        except (*STREAM_ERRORS, asyncio.CancelledError) as error:  # cancelled: the connection was replaced
+        except (*STREAM_ERRORS, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # it is not wanted any more, so nobody would take the error; else the connection was replaced
             raise UnreachableError(f"the upload broke ({reason(error)})") from None
         if not result.ok:
             raise UnreachableError(f"the upload was refused: {result.text}")

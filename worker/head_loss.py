@@ -31,7 +31,8 @@ class _Loss(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, wanted: bool
     ) -> Tensor:
         total = torch.zeros((), device=hidden_ND.device)
-        grads = [torch.zeros_like(t) if wanted and t is not None else None for t in (hidden_ND, weight_VD, bias_V)]
+        inputs = zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
+        grads = [torch.zeros_like(t) if wanted and t is not None and needed else None for t, needed in inputs]
         of_hidden_ND, of_weight_VD, of_bias_V = grads
         part = max(1, LOGITS_PART_NBYTES // (4 * weight_VD.shape[0]))
         for start in range(0, len(hidden_ND), part):
@@ -40,13 +41,15 @@ class _Loss(torch.autograd.Function):
             counts_P1 = (targets_N[here] != IGNORED)[:, None]
             wanted_P1 = targets_N[here].clamp_min(0)[:, None]
             total -= (logs_PV.gather(1, wanted_P1) * counts_P1).sum()
-            if of_hidden_ND is None or of_weight_VD is None:
+            if all(grad is None for grad in grads):
                 continue
             exact_PV = logs_PV.exp_()
             exact_PV.scatter_add_(1, wanted_P1, torch.full_like(wanted_P1, -1.0, dtype=torch.float32))
             grad_PV = exact_PV.mul_(counts_P1).to(hidden_ND.dtype)
-            torch.mm(grad_PV, weight_VD, out=of_hidden_ND[here])
-            of_weight_VD.addmm_(grad_PV.T, hidden_ND[here])
+            if of_hidden_ND is not None:
+                torch.mm(grad_PV, weight_VD, out=of_hidden_ND[here])
+            if of_weight_VD is not None:
+                of_weight_VD.addmm_(grad_PV.T, hidden_ND[here])
             if of_bias_V is not None:
                 of_bias_V.add_(grad_PV.sum(0))
         ctx.grads = grads

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..protocol.errors import WireError
 from ..protocol.frames import Count, Frame, Header, Kind, Small, TensorSpec, make_frame
 from ..protocol.plan import SavePoint
+from .moments import Moment, part_of
 from .stage import State
 
 PIECE_NBYTES = 1 << 20
@@ -103,9 +104,9 @@ def most_nbytes(size: int) -> int:
     return max(PIECE_NBYTES, hashes + _SMALL_NBYTES)
 
 
-def vectors(state: State, part: Part) -> list[Tensor]:
+def vectors(state: State, part: Part) -> list[Moment]:
     """What a part is made of; empty if the state does not have it."""
-    named: dict[Part, list[Tensor | None]] = {
+    named: dict[Part, list[Moment | None]] = {
         Part.G: [state.g],
         Part.MOMENTUM: [state.momentum],
         Part.MOMENTS: [state.m, state.v],
@@ -116,7 +117,7 @@ def vectors(state: State, part: Part) -> list[Tensor]:
 def cut(state: State, piece: PieceName) -> bytes:
     """The bytes of a piece of a state that has it."""
     start, end = span(state.g.numel(), piece)
-    return b"".join(_bytes(vector[start:end]) for vector in vectors(state, piece.part))
+    return b"".join(_bytes(part_of(vector, start, end)) for vector in vectors(state, piece.part))
 
 
 def _bytes(vector: Tensor) -> bytes:

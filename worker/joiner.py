@@ -2,8 +2,9 @@
 
 The coordinator says which stage it will probably be, and names each committed round. The first one is fetched from the
 replicas; later ones are done again from their redo log entries, which replicas keep for a while. So the seat is taken
-with what the last rounds changed, and nobody waits for a transfer. Who was away for a little while and has a round of
-the stage on disk fetches nothing but the rounds since. AdamW's moments stay those of the first fetch, or of that round.
+with what the last rounds changed, and nobody waits for a transfer. Of a run that began from a checkpoint the stage's
+part of that comes first. Who was away for a little while and has a round of the stage on disk fetches nothing but the
+rounds since. AdamW's moments stay those of the first fetch, or of that round.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..protocol import control_pb2 as pb
+from ..protocol.architecture import tensors
 from ..protocol.config import RunConfig
 from ..protocol.errors import PotluckError, WireError
 from ..protocol.plan import SavePoint, Shape
@@ -26,6 +28,7 @@ from .redo import Entry, replay
 from .reference import Rule
 from .stage import State, digest
 from .transfer import TICK_SECONDS, Arrivals, Desk, Wanted
+from .weights import Beginning
 
 log = logging.getLogger(__name__)
 ENTRY_SECONDS = 30.0  # for a piece of an entry to come
@@ -96,11 +99,20 @@ class Joiner:
     """Gets the state of a newcomer's stage, on a thread of its own. Thread-safe."""
 
     def __init__(
-        self, run: RunConfig, shape: Shape, desk: Desk, fetch: Fetch, own: Own, report: Callable[..., None]
+        self,
+        run: RunConfig,
+        shape: Shape,
+        desk: Desk,
+        fetch: Fetch,
+        own: Own,
+        report: Callable[..., None],
+        beginning: Beginning | None = None,
     ) -> None:
-        """``own``: the newest round of some layers on this disk that is not beyond a step."""
+        """``own``: the newest round of some layers on this disk that is not beyond a step. ``beginning``: what the
+        stage's base is read from, too; brought to this disk beforehand."""
         self._run, self._shape, self._desk, self._report = run, shape, desk, report
-        self._fetch, self._own = fetch, own
+        self._fetch, self._own, self._beginning = fetch, own, beginning
+        self._brought: set[tuple[int, int]] = set()  # layers whose base is on the disk
         self._changed = threading.Condition()
         self._busy = threading.Lock()  # while the state is worked on
         self._prospect: Prospect | None = None
@@ -163,6 +175,7 @@ class Joiner:
             assert prospect is not None
             try:
                 with self._busy:
+                    self._bring(prospect)
                     self._state = self._get(prospect)
                 self._report(prepared=pb.Prepared(savepoint=prospect.point.to_proto()))
                 self._done = prospect
@@ -173,10 +186,24 @@ class Joiner:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, PAUSE_SECONDS)
 
+    def _stopped(self, to: Prospect) -> bool:
+        now = self._prospect
+        return now is None or not self._is_of(now, to.point)
+
+    def _bring(self, to: Prospect) -> None:
+        """The part of the run's checkpoint that the stage reads: long before the others wait for it."""
+        layers = to.point.first_layer, to.point.last_layer
+        if self._beginning is None or layers in self._brought:
+            return
+        for name, shape in tensors(self._run.model, self._shape.vocab_size, *layers).items():
+            if self._stopped(to):
+                raise Fenced
+            self._beginning.bring(name, shape)
+        self._brought.add(layers)
+
     def _get(self, to: Prospect) -> State:
         def stopped() -> bool:
-            now = self._prospect
-            return now is None or not self._is_of(now, to.point)
+            return self._stopped(to)
 
         state = self._state
         if state is None or not self._is_of(state, to.point):

@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -22,11 +23,12 @@ from ..protocol.errors import StateError, WireError
 from ..protocol.frames import Frame
 from ..protocol.plan import Plan, SavePoint, Shape
 from ..protocol.schedule import fragments
+from .initial import initial
 from .mailbox import Fenced
 from .plan import View
 from .redo import Entry, Kept, Payload, pieces_of
 from .reference import Rule
-from .stage import Stage, State, digest
+from .stage import State, digest
 from .transfer import Wanted
 from .weights import Beginning
 
@@ -261,15 +263,8 @@ class Keeper:
         """A base: the run's beginning where all rounds since are on their way to us, else the newest round."""
         first, newest = marks[0], marks[-1]
         if first.step == 0 and all(self._entry(stage, first, mark) is not None for mark in marks[1:]):
-            g = Stage(self.run, self.shape.vocab_size, *stage.place.layers, beginning=self.beginning).g
-            point = SavePoint(
-                kind="round",
-                generation=first.generation,
-                step=0,
-                first_layer=first.first_layer,
-                last_layer=first.last_layer,
-                digest=digest(g),
-            )
+            g = initial(self.run.model, self.shape.vocab_size, *stage.place.layers, self.run.seed, self.beginning)
+            point = replace(first, kind="round", step=0, digest=digest(g))
             state = State(point=point, g=g, m=None, v=None, updates=0)
         else:
             assert self.fetch is not None

@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Protocol
 
@@ -25,11 +26,13 @@ from ..protocol.frames import MESSAGE_NBYTES, Frame, Header, Kind
 from ..protocol.pipe import PathInfo
 from ..protocol.plan import Plan, Replica
 from ..protocol.transport import Transport
+from .boundary import TRAIN
 from .inventory import RAW
 from .mailbox import Address, Mailbox
 from .reference import LONE
 from .shards import WEIGHTS
 from .squeeze import SUFFIX
+from .tracing import Posted
 
 log = logging.getLogger(__name__)
 BOUNDARY = (Kind.ACTIVATION, Kind.GRADIENT, Kind.MISS)
@@ -57,6 +60,7 @@ def load_of(kind: Kind) -> Load:
 
 LEAST_NBYTES = 3 * MESSAGE_NBYTES  # of rounds and states that may always be in flight before one more message goes
 QUEUE_SECONDS = 0.1  # that rounds and states may add to what a microbatch waits for the line, beside a round trip
+TOLD_STEPS = 4  # of which it is known what has arrived
 Lane = tuple[str, Load]  # to a peer
 
 
@@ -76,6 +80,7 @@ class Links:
         self._tasks: dict[Lane, asyncio.Task[None]] = {}
         self._readers: set[asyncio.Task[None]] = set()
         self._channels: dict[Lane, Channel] = {}
+        self._told: dict[int, dict[Posted, float]] = {}  # by step
         self._turn = asyncio.Lock()  # of the one background message that waits for the line
 
     async def start(self, transport: Transport) -> list[str]:
@@ -150,6 +155,17 @@ class Links:
     def holds(self, address: Address) -> bool:
         return self.mailbox.holds(address)
 
+    def told(self, step: int) -> Mapping[Posted, float]:
+        return self._told.pop(step, {})
+
+    def _arrived_there(self, frame: Frame) -> None:
+        """A receiver has told that it has a frame of ours."""
+        header = frame.header
+        if header.kind in (Kind.ACTIVATION, Kind.GRADIENT) and header.part == TRAIN:
+            self._told.setdefault(header.step, {})[header.kind, header.microbatch] = time.perf_counter()
+            if len(self._told) > TOLD_STEPS:
+                del self._told[min(self._told)]
+
     # In the loop.
 
     def _enqueue(self, peer: str, frame: Frame) -> None:
@@ -218,6 +234,7 @@ class Links:
                         generation = frame.header.generation
                         if channel is None:
                             channel = self._channels[lane] = await self._dial(peer)
+                            channel.tell(self._arrived_there)
                             if load is not Load.BOUNDARY:
                                 channel.gate = functools.partial(self._give_way, load)
                             ended = asyncio.create_task(channel.recv())  # nobody answers: it ends with the channel

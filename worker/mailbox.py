@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..protocol.frames import Frame, Header, Kind
@@ -52,7 +54,8 @@ FRAME_NBYTES = 512  # what a frame costs besides its payload
 class Mailbox:
     """Thread-safe. Frames of past generations are dropped, frames of future ones kept until their time."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._frames: dict[Address, Frame] = {}
         self._waiting: dict[str, int] = {}  # bytes of each sender
         self._changed = threading.Condition()
@@ -63,7 +66,7 @@ class Mailbox:
         self._closed = False
 
     def put(self, address: Address, frame: Frame) -> bool:
-        """Keeps a frame until it is taken; False if its sender has too much waiting here already."""
+        """Keeps a frame until it is taken, with when it came; False if its sender has too much waiting here already."""
         with self._changed:
             if address.generation >= self._generation and not self._is_lost(address):
                 waiting = self._waiting.get(address.sender, 0) + len(frame.payload) + FRAME_NBYTES
@@ -71,7 +74,7 @@ class Mailbox:
                     return False
                 self._drop(address)
                 self._waiting[address.sender] = waiting
-                self._frames[address] = frame
+                self._frames[address] = replace(frame, arrived=self._clock())
                 self._changed.notify_all()
             return True
 

@@ -5,8 +5,9 @@ Shape letters: B samples, T positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPTJConfig, LlamaConfig, PreTrainedConfig
 
 from ..protocol import architecture
-from ..protocol.architecture import INIT_STD, NAMES
+from ..protocol.architecture import NAMES
 from ..protocol.config import ModelConfig
 from ..protocol.footprint import LOGITS_NBYTES
-from ..protocol.schedule import draw
 from .blocks import View, block, final_norm, view_of
 from .head_loss import loss_in_parts
+from .initial import fill
 from .layout import Layout
+from .lora import freeze
 from .packing import IGNORED
 from .weights import Beginning
 
@@ -41,14 +43,34 @@ class StageModule(nn.Module):
     Parameter names, shapes and order are those of :func:`~potluck.protocol.architecture.tensors`, so the stages' state
     dicts together are a checkpoint. Every parameter is drawn from a seed of its own (run seed and name): any peer can
     make any layer. With a ``beginning`` it is read from the run's checkpoint.
+
+    With ``model.train: lora`` all of these are frozen, made one by one, and lie on ``device``; those that require a
+    gradient are the adapters, as :func:`~potluck.protocol.architecture.trained_tensors` has them.
     """
 
     recomputes = False  # whether backward makes a block's graph anew, from the block's input, one block after the other
 
     def __init__(
-        self, model: ModelConfig, vocab_size: int, first: int, last: int, seed: int, beginning: Beginning | None = None
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        first: int,
+        last: int,
+        seed: int,
+        beginning: Beginning | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
+        make = functools.partial(fill, seed=seed, beginning=beginning)
+        lora = model.train == "lora"
+        with torch.device("meta") if lora else contextlib.nullcontext():
+            self._build(model, vocab_size, first, last)
+        if lora:
+            freeze(self, self.model_config, make, torch.device(device))
+        for name, parameter in self.trained():
+            make(name, parameter)
+
+    def _build(self, model: ModelConfig, vocab_size: int, first: int, last: int) -> None:
         config, names = hf_config(model, vocab_size), NAMES[model.architecture]
         self.model_config, self._names = model.resolved(), names
         self.is_first, self.is_last = first == 0, last == model.layers
@@ -62,20 +84,10 @@ class StageModule(nn.Module):
         self.add_module(names.root, body)
         if self.is_last:
             self.lm_head = nn.Linear(model.d_model, vocab_size, bias=model.architecture == "gptj")
-        self._initialize(seed, beginning)
 
-    @torch.no_grad()
-    def _initialize(self, seed: int, beginning: Beginning | None) -> None:
-        for name, parameter in self.named_parameters():
-            if beginning is not None:
-                beginning.fill(name, parameter)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() == 1:  # of a norm
-                parameter.fill_(1.0)
-            else:
-                generator = torch.Generator().manual_seed(draw(seed, "init", name) % 2**63)
-                parameter.copy_(bell_shaped(parameter.numel(), generator).view(parameter.shape).mul_(INIT_STD))
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and parameter of what is trained, in the order of the flat vector."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """Token ids [B, T] (first stage) or hidden states [B, T, D] to hidden states [B, T, D].
@@ -146,17 +158,3 @@ class _Views:
 def _seen(block: nn.Module, views: _Views, hidden_BTD: Tensor) -> Tensor:
     out: Tensor = block(hidden_BTD, views.view)
     return out
-
-
-def bell_shaped(n: int, generator: torch.Generator) -> Tensor:
-    """n numbers of mean 0 and variance 1, near to normal (a sum of four uniform ones), float32.
-
-    Made of integers: ``normal_`` has other bits on a CPU with AVX than on one without, and all replicas must begin
-    with the same.
-    """
-    out = torch.empty(n)
-    for start in range(0, n, 1 << 22):
-        part = out[start : start + (1 << 22)]
-        total = torch.randint(0, 1 << 16, (4, part.numel()), generator=generator).sum(0)
-        part.copy_(total.sub_(2 * ((1 << 16) - 1)))
-    return out.mul_((3.0 / 4.0) ** 0.5 / (1 << 15))  # the sum's variance is 4 (2^32 - 1) / 12

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,45 @@ BLOCK = 256  # moments that have one scale; the one that bitsandbytes updates in
 _PART = 1 << 20  # moments at a time, where a copy is needed
 
 
+@dataclass(frozen=True)
+class Coded:
+    """A moment of n weights in 8 bits, as it lies in memory: codes uint8 [n] and scales fp32 [n / 256], on the CPU."""
+
+    codes: Tensor
+    scales: Tensor
+    signed: bool
+
+    def numel(self) -> int:
+        return self.codes.numel()
+
+    def check(self, n: int) -> None:
+        """``ValueError`` unless these can be moments of n weights."""
+        codes, scales = self.codes, self.scales
+        if codes.shape != (n,) or codes.dtype != torch.uint8 or scales.shape != (-(-n // BLOCK),):
+            raise ValueError("its moments in 8 bits have another size")
+        if scales.dtype != torch.float32 or not torch.isfinite(scales).all() or bool((scales < 0).any()):
+            raise ValueError("its moments' scales are not finite fp32 numbers from 0 on")
+
+    def part(self, start: int, end: int) -> Tensor:
+        """fp32 [end - start]."""
+        first, last = start // BLOCK, -(-end // BLOCK)
+        values = dequantized(self.codes[first * BLOCK : last * BLOCK], self.scales[first:last], self.signed)
+        return values[start - first * BLOCK : end - first * BLOCK]
+
+
+Moment = Tensor | Coded
+
+
+def dense(moment: Moment) -> Tensor:
+    """fp32 [n] of a moment in either form; perhaps itself."""
+    return part_of(moment, 0, moment.numel())
+
+
+def part_of(moment: Moment, start: int, end: int) -> Tensor:
+    """fp32 [end - start] of a moment in either form; perhaps a view."""
+    return moment.part(start, end) if isinstance(moment, Coded) else moment[start:end]
+
+
 class Moments(Protocol):
     """Both moments of n weights."""
 
@@ -33,11 +73,11 @@ class Moments(Protocol):
         """AdamW's update, the ``update``-th with these moments (from 1), of weights fp32 [k] that begin at ``start``, a
         multiple of ``BLOCK``; written to ``p``."""
 
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        """Copies of both, fp32 [n], on the CPU."""
+    def copies(self) -> tuple[Moment, Moment]:
+        """Of both, on the CPU."""
 
-    def load(self, m: Tensor | None, v: Tensor | None) -> None:
-        """From such copies; None: zero."""
+    def load(self, m: Moment | None, v: Moment | None) -> None:
+        """From such copies, in either form; None: zero."""
 
 
 def moments(config: OptimizerConfig, n: int, device: torch.device) -> Moments:
@@ -71,12 +111,12 @@ class Moments32:
             maximize=False,
         )
 
-    def vectors(self) -> tuple[Tensor, Tensor]:
+    def copies(self) -> tuple[Moment, Moment]:
         return self.m.to("cpu", copy=True), self.v.to("cpu", copy=True)
 
-    def load(self, m: Tensor | None, v: Tensor | None) -> None:
+    def load(self, m: Moment | None, v: Moment | None) -> None:
         for own, kept in ((self.m, m), (self.v, v)):
-            own.zero_() if kept is None else own.copy_(kept)
+            own.zero_() if kept is None else own.copy_(dense(kept))
 
 
 class Moments8:
@@ -114,18 +154,22 @@ class Moments8:
             weight_decay=c.weight_decay,
         )
 
-    def vectors(self) -> tuple[Tensor, Tensor]:
+    def copies(self) -> tuple[Moment, Moment]:
         self._wait()
         both = zip(self.codes, self.scales, (True, False), strict=True)
-        m, v = (dequantized(codes.cpu(), scales.cpu(), signed) for codes, scales, signed in both)
+        m, v = (Coded(c.to("cpu", copy=True), s.to("cpu", copy=True), signed) for c, s, signed in both)
         return m, v
 
-    def load(self, m: Tensor | None, v: Tensor | None) -> None:
+    def load(self, m: Moment | None, v: Moment | None) -> None:
         self._wait()
         for codes, scales, values, signed in zip(self.codes, self.scales, (m, v), (True, False), strict=True):
             if values is None:
                 codes.fill_(int((code_map(signed) == 0).nonzero()))
                 scales.zero_()
+                continue
+            if isinstance(values, Coded):
+                codes.copy_(values.codes)
+                scales.copy_(values.scales)
                 continue
             for start in range(0, values.numel(), _PART):
                 here = slice(start, start + _PART)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -16,6 +16,7 @@ from ..protocol.own_address import everywhere
 from ..protocol.p2pd import is_installed
 from ..protocol.ticket import Ticket
 from ..protocol.tls import split_address
+from .gate import Rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,10 @@ class Offer:
     speed: float
     addresses: tuple[str, ...]
     p2p: str = ""  # the id of its libp2p daemon, if it can have one
+    region: str = ""
+    upload_mbps: float = 0.0  # 0: no limit
+    state_mbps: float = 0.0
+    threads: int = 0
 
 
 Say = Callable[[str], None]
@@ -48,6 +53,9 @@ class WorkerConfig:
     patience_minutes: float = 10.0  # without the coordinator, before it gives up
     map_port: bool = False  # whether the router at home is asked to open a port for libp2p
     state_mbps: float = 50.0  # of the line, each way, for states of stages that peers take over; 0: no limit
+    upload_mbps: float = 0.0  # of the line, for all that goes to peers and for publishing; 0: no limit
+    region: str = ""  # where the owner says it is: shown to others, and nothing else
+    rules: Rules = field(default_factory=Rules)  # when it may work
 
     def decided(self, ticket: Ticket, identity: Identity) -> WorkerConfig:
         """Everything filled in but ``device``. ``ConfigError`` for what cannot be done here."""
@@ -72,6 +80,10 @@ class WorkerConfig:
             speed=self.speed,
             addresses=tuple(addresses),
             p2p=p2p,
+            region=self.region,
+            upload_mbps=self.upload_mbps,
+            state_mbps=self.state_mbps,
+            threads=self.threads,
         )
 
 

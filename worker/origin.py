@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..protocol.plan import Plan, SavePoint, Shape, StagePlan
+from .moments import part_of
 from .outside import MissingError
 from .stage import State, digest
 from .states import States
@@ -84,7 +85,7 @@ def divided(parts: Sequence[State], layers: tuple[int, int], shape: Shape) -> St
             here, there = shape.start(first), shape.start(state.point.first_layer)
             whole = getattr(state, otherwise) if value is None and otherwise else value
             out[shape.start(a) - here : shape.start(b) - here] = (
-                0.0 if whole is None else whole[shape.start(a) - there : shape.start(b) - there]
+                0.0 if whole is None else part_of(whole, shape.start(a) - there, shape.start(b) - there)
             )
         return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Protocol
 
@@ -39,7 +40,7 @@ class Headquarters(Protocol):
     def fetch(self, name: str, nbytes: int) -> None:
         """Brings a shard by its SHA-256 into the corpus. Blocks; may be called from any thread."""
 
-    def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
+    def publish(self, step: int, stage: int, data: bytes | mmap, is_wanted: Callable[[], bool]) -> None:
         """Uploads a stage of a published round. Blocks; gives up when it is not wanted any more."""
 
 

@@ -15,13 +15,14 @@ way; there nothing keeps count). They go into the update of the step at hand.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..protocol import control_pb2 as pb
 from ..protocol.errors import WireError
 from ..protocol.failpoints import failpoint
 from ..protocol.footprint import flight_nbytes
@@ -32,6 +33,7 @@ from .data import Dataset
 from .layout import Batch
 from .mailbox import Address, Rerouted
 from .stage import Stage
+from .tracing import Operation, Posted, Tracer
 
 KEPT_NBYTES = 4 << 30  # of what was sent since the last committed round; beyond it a loss costs the round
 
@@ -49,6 +51,9 @@ class Wire(Protocol):
     def holds(self, address: Address) -> bool:
         """Whether a frame is there already."""
 
+    def told(self, step: int) -> Mapping[Posted, float]:
+        """When receivers said that they have what was posted of a step, by ``time.perf_counter``."""
+
 
 @dataclass(kw_only=True)
 class StepResult:
@@ -60,6 +65,7 @@ class StepResult:
     loss_targets: int = 0
     wait_seconds: float = 0.0
     seconds: float = 0.0
+    trace: pb.Trace | None = None
 
 
 class Lane(NamedTuple):
@@ -128,7 +134,8 @@ class Pipeline:
         self._asked: set[Lane] = set()  # to be had again, without deltas
         self._begun = self.seat.plan.first_step  # steps that are done or at work
         self._result = StepResult()
-        self._waited = 0.0
+        self._waited = self._updating = 0.0
+        self._tracer = Tracer(time.perf_counter)
         self._window = self.seat.stages - self.seat.stage  # microbatches under way, for a line without latency
         self._most = self._window + self._spare()
 
@@ -149,8 +156,11 @@ class Pipeline:
     def step(self, step: int) -> StepResult:
         """Forward and backward of every microbatch this replica serves, then the local optimizer's update."""
         self._begun = step + 1
+        self._tracer.begin(step)
         self._add([Lane(step, m) for m in self.seat.served])
-        return self._update()
+        result = self._update()
+        result.trace = self._tracer.done(self._updating, self.wire.told(step))
+        return result
 
     def catch_up(self) -> StepResult:
         """What a lost replica left to us, in an update of its own: no step is at hand that it could go into."""
@@ -171,6 +181,7 @@ class Pipeline:
         while self._to_backward:
             self._advance()
         self._inherited.clear()
+        self._updating = time.perf_counter()
         failpoint("worker.update", torch.OutOfMemoryError)
         self.stage.update(result.targets)
         failpoint("worker.updated")
@@ -212,6 +223,7 @@ class Pipeline:
         return Address(plan.generation, kind, lane.step, TRAIN, lane.m, plan.peer_of(stage, lane.m))
 
     def _forward(self, lane: Lane, frame: Frame | None = None) -> None:
+        traced = self._tracer.start(*lane, frame, is_backward=False)
         failpoint("worker.forward", torch.OutOfMemoryError)
         if frame is None:
             assert self.data is not None, "the first stage needs the corpus"
@@ -224,6 +236,7 @@ class Pipeline:
                 return
             self._asked.discard(lane)
             batch = found
+            traced.has_input()
         batch = batch.to(self.stage.device)
         self._to_forward.remove(lane)
         if not self.seat.is_first:
@@ -234,9 +247,11 @@ class Pipeline:
         self._count(lane, int((batch.targets >= 0).sum()), float(output.detach()) if self.seat.is_last else 0.0)
         self._flights[lane] = Flight(batch, output)
         if self.seat.is_last:
+            self._tracer.end(traced)
             self._backward(lane, None)
         else:
-            self._send_forward(lane, output.detach())
+            self._send_forward(lane, output.detach(), traced)
+            self._tracer.end(traced)
             failpoint("worker.activation.sent")
 
     def _output(self, batch: Batch) -> Tensor:
@@ -251,22 +266,28 @@ class Pipeline:
             result.loss_targets += targets
 
     def _backward(self, lane: Lane, frame: Frame | None) -> None:
+        traced = self._tracer.start(*lane, frame, is_backward=True)
         failpoint("worker.backward", torch.OutOfMemoryError)
         flight = self._flights[lane]
         if frame is None:
             flight.output.backward()
         else:
             gradient = self.boundary.received_gradient(frame).to(self.stage.device)
+            traced.has_input()
             flight.output.backward(gradient)
         del self._flights[lane]
         self._to_backward.remove(lane)
         if not self.seat.is_first:
             assert flight.batch.x.grad is not None
-            self._send(self.seat.stage - 1, self.boundary.gradient(*lane, flight.batch.x.grad))
+            made = flight.batch.x.grad.to("cpu")  # waits for a GPU, so that encoding is what comes after
+            traced.has_output()
+            self._send(self.seat.stage - 1, self.boundary.gradient(*lane, made))
             failpoint("worker.gradient.sent")
+        self._tracer.end(traced)
 
-    def _send_forward(self, lane: Lane, hidden: Tensor) -> None:
-        batch = self._flights[lane].batch._replace(x=hidden)
+    def _send_forward(self, lane: Lane, hidden: Tensor, traced: Operation) -> None:
+        batch = self._flights[lane].batch._replace(x=hidden.to("cpu"))  # waits for a GPU, so that encoding comes after
+        traced.has_output()
         frame, has_delta = self.boundary.activation(lane.step, TRAIN, lane.m, batch)
         if has_delta:
             place = self._from(Kind.GRADIENT, lane)

@@ -108,7 +108,7 @@ def replay(rule: Rule, g: Tensor, momentum: Tensor | None, entry: Entry) -> tupl
 class Recent:
     """The last rounds of the stage we hold, encoded, in memory: for newcomers who fetched the state before those.
 
-    At most ``most_nbytes`` of them, the size of the reference: beyond that fetching it again is cheaper. Thread-safe.
+    The newest one, and others as far as all are ``most_nbytes`` at most. Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Recent:
             while self._entries and self._entries[-1][2] != entry.base_digest:
                 self._entries.pop()
             self._entries.append((layers, entry.step, entry.digest, entry.encode()))
-            while sum(len(data) for *_, data in self._entries) > self.most_nbytes:
+            while len(self._entries) > 1 and sum(len(data) for *_, data in self._entries) > self.most_nbytes:
                 self._entries.popleft()
 
     def after(self, name: StateName) -> bytes | None:

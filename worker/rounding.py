@@ -12,6 +12,7 @@ from torch import Tensor
 
 _ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)))  # of the hash lowbias32 (Wellons, 2018)
 _WORD = (1 << 32) - 1
+_PART = 1 << 20  # values at a time, which take a few copies of them
 
 
 def noise(key: int, start: int, n: int, device: torch.device) -> Tensor:
@@ -27,6 +28,16 @@ def round_by_chance(values: Tensor, key: int, start: int) -> Tensor:
     """bf16 [n] of fp32 [n] that lie at ``start`` and on. What bf16 can say stays as it is, infinite or not."""
     bits = noise(key, start, values.numel(), values.device).add_(values.view(torch.int32))
     return bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+
+
+def round_into(out: Tensor, weights: Tensor, key: int, start: int) -> None:
+    """Writes weights [n] that lie at ``start`` and on to ``out``: to bf16 by chance, in parts."""
+    if out.dtype != torch.bfloat16:
+        out.copy_(weights)
+        return
+    for at in range(0, weights.numel(), _PART):
+        here = slice(at, at + _PART)
+        out[here] = round_by_chance(weights[here].float(), key, start + at)
 
 
 def _signed(word: int) -> int:

@@ -20,9 +20,11 @@ from ..protocol.config import OptimizerConfig, RunConfig
 from ..protocol.footprint import recomputes
 from ..protocol.plan import SavePoint, Shape
 from ..protocol.schedule import draw
+from .initial import initial
 from .model import StageModule
-from .moments import Moments32, moments
-from .rounding import round_by_chance
+from .moments import Moment, Moments32, moments
+from .rounding import round_into
+from .shards import layout
 from .weights import Beginning
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,10 +42,16 @@ class Owned:
     replicas: int
     replica: int
 
+    def shards(self, n: int) -> list[tuple[int, int]]:
+        """[start, end) of each, in the order of their pieces' numbers, in a stage of n weights."""
+        pieces = layout(n, self.fragments, self.replicas)
+        return [piece.shards[self.replica] for fragment in pieces for piece in fragment]
+
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """A stage at rest. All vectors are fp32 of length n and never written to once they are in a ``State``.
+    """A stage at rest. All vectors are of length n, and never written to once they are in a ``State``, except by the
+    round that makes a new one of it. They are fp32, but for ``x`` in ``model.dtype`` and moments in 8 bits.
 
     ``x``, ``unsent``, ``feedback`` and ``pending`` are this replica's own; the rest is what a newcomer needs.
     Without ``m`` and ``v`` (nobody who trained them is left) the moments begin anew at zero: AdamW corrects its bias
@@ -52,19 +60,25 @@ class State:
 
     point: SavePoint
     g: Tensor
-    m: Tensor | None
-    v: Tensor | None
+    m: Moment | None
+    v: Moment | None
     updates: int  # optimizer updates behind m and v
     x: Tensor | None = None  # None: equal to g
     momentum: Tensor | None = None  # of the outer optimizer
     unsent: Tensor | None = None  # what explicit feedback keeps beside the weights
-    feedback: Tensor | None = None  # what an owner still owes, of all its shards, in the order of the fragments
+    feedback: tuple[Tensor | None, ...] = ()  # what an owner still owes, shard by shard; None: nothing
     owned: Owned | None = None  # those shards
     pending: int = 0  # samples since the last round
 
     def shared(self) -> State:
         """Without what only its maker may use."""
-        return replace(self, x=None, unsent=None, feedback=None, owned=None, pending=0)
+        return replace(self, x=None, unsent=None, feedback=(), owned=None, pending=0)
+
+
+def initial_state(config: RunConfig, vocab_size: int, point: SavePoint, beginning: Beginning | None) -> State:
+    """What layers are before the first step: as a :class:`Stage` of them would say, without one."""
+    g = initial(config.model, vocab_size, point.first_layer, point.last_layer, config.seed, beginning)
+    return State(point=point, g=g, m=torch.zeros_like(g), v=torch.zeros_like(g), updates=0)
 
 
 def digest(vector: Tensor) -> bytes:
@@ -85,8 +99,8 @@ def learning_rate(config: OptimizerConfig, steps: int, update: int) -> float:
 class Stage:
     """Layers [first, last) of a run on one device, ready to train.
 
-    Parameters are views into ``x`` and their gradients views into ``grad``, both of ``model.dtype``, so that a round
-    sees one vector. With one replica, fp32 and a round every step this is plain AdamW.
+    Parameters that are trained are views into ``x`` and their gradients views into ``grad``, both of ``model.dtype``,
+    so that a round sees one vector. With one replica, fp32 and a round every step this is plain AdamW.
     """
 
     def __init__(
@@ -100,9 +114,9 @@ class Stage:
     ) -> None:
         self.config, self.first, self.last, self.device = config, first, last, torch.device(device)
         self.vocab_size = vocab_size
-        self.module = StageModule(config.model, vocab_size, first, last, config.seed, beginning)
+        self.module = StageModule(config.model, vocab_size, first, last, config.seed, beginning, device)
         self.module.recomputes = recomputes(config, vocab_size, first, last, self.device.type)
-        parameters = list(self.module.parameters())
+        parameters = [p for _, p in self.module.trained()]
         n = sum(p.numel() for p in parameters)
         self.x, self.grad = (torch.zeros(n, dtype=DTYPES[config.model.dtype], device=self.device) for _ in range(2))
         self.g = torch.empty(n)
@@ -119,7 +133,7 @@ class Stage:
             p.data = self.x[window].view(p.shape)
             p.grad = self.grad[window].view(p.shape)
             start += p.numel()
-        self._place = Shape.of(config.model, vocab_size).start(first)  # of the first weight in the model
+        self.place_in_model = Shape.of(config.model, vocab_size).start(first)  # of the first weight in the model
         self._optimizer = self._adamw(parameters) if config.model.dtype == "fp32" else None
 
     def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW | None:
@@ -166,14 +180,15 @@ class Stage:
         self.grad.zero_()
 
     def place(self, weights: Tensor) -> None:
-        """Makes these, fp32 [n] on any device, the weights that train."""
+        """Makes these, [n] on any device, the weights that train."""
         for here in self._parts():
-            self._put(here, weights[here].to(self.device), "round")
+            self._put(here, weights[here].to(self.device, torch.float32), "round")
 
-    def shift(self, by: Tensor) -> None:
-        """Adds to the weights that train; fp32 [n] on any device."""
-        for here in self._parts():
-            self._put(here, self.x[here].float() + by[here].to(self.device), "round")
+    def shift(self, start: int, by: Tensor) -> None:
+        """Adds to the weights that train, from the one at ``start`` on; fp32 [k] on any device."""
+        for part in self._parts(by.numel()):
+            here = slice(start + part.start, start + part.stop)
+            self._put(here, self.x[here].float() + by[part].to(self.device), "round")
 
     @contextlib.contextmanager
     def at_reference(self) -> Iterator[None]:
@@ -187,26 +202,24 @@ class Stage:
             self.x.copy_(self.grad)
             self.grad.zero_()
 
-    def _parts(self) -> Iterator[slice]:
-        part = PART.get(self.device.type, PART["cpu"])
-        for start in range(0, self.size, part):
-            yield slice(start, min(self.size, start + part))
+    def _parts(self, size: int | None = None) -> Iterator[slice]:
+        """Of ``size`` weights, or of all."""
+        size, part = self.size if size is None else size, PART.get(self.device.type, PART["cpu"])
+        for start in range(0, size, part):
+            yield slice(start, min(size, start + part))
 
     def _put(self, here: slice, weights: Tensor, what: str) -> None:
         """Writes fp32 weights to ``x``; as bf16 by a chance that the step, what is done in it, and the place decide."""
-        if self.x.dtype == torch.bfloat16:
-            key = draw(self.config.seed, "rounding", what, self.steps)
-            weights = round_by_chance(weights, key, self._place + here.start)
-        self.x[here] = weights
+        key = draw(self.config.seed, "rounding", what, self.steps)
+        round_into(self.x[here], weights, key, self.place_in_model + here.start)
 
     def state(self, point: SavePoint, *, pending: int = 0) -> State:
         """A copy of everything, named by ``point``."""
-
-        m, v = self.moments.vectors()
+        m, v = self.moments.copies()
         return State(
             point=point,
             g=self.g,
-            x=self.x.detach().to("cpu", torch.float32, copy=True),
+            x=self.x.detach().to("cpu", copy=True),
             m=m,
             v=v,
             updates=self.updates,
@@ -230,7 +243,7 @@ class Stage:
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         """A flat vector as checkpoint tensors, by parameter name; views, on the vector's device."""
         out, start = {}, 0
-        for name, p in self.module.named_parameters():
+        for name, p in self.module.trained():
             out[name] = vector[start : start + p.numel()].view(p.shape)
             start += p.numel()
         return out

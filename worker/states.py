@@ -17,6 +17,7 @@ from .plan import View
 from .redo import Recent
 from .stage import State
 from .transfer import Desk, Fetch, Wanted
+from .weights import Beginning
 
 
 class States:
@@ -46,9 +47,11 @@ class States:
         folder = self.points.folder / ("-".join(["fetch", *map(str, wanted.name)]) + kept)
         return Fetch(wanted, donors, self._desk, folder, self._received, stopped).run()
 
-    def prepare(self, run: RunConfig, shape: Shape, report: Callable[..., None]) -> None:
+    def prepare(
+        self, run: RunConfig, shape: Shape, report: Callable[..., None], beginning: Beginning | None = None
+    ) -> None:
         """Gets ready for the stage that the coordinator names, from now on."""
-        self.joiner = Joiner(run, shape, self._desk, self.fetch, self.points.newest, report)
+        self.joiner = Joiner(run, shape, self._desk, self.fetch, self.points.newest, report, beginning)
 
     def keep(self, keeper: Keeper) -> None:
         """Keeps others' stages from now on."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,11 +32,13 @@ from ..protocol.failpoints import failpoint
 from ..protocol.frames import Frame, Kind, TensorSpec, make_frame
 from ..protocol.keepers import keepers_of
 from ..protocol.plan import SavePoint
+from ..protocol.schedule import draw
 from .boundary import Seat
 from .mailbox import Address
 from .pipeline import Wire
 from .redo import Entry, Payload
 from .reference import ALONE, FLIPPED, Rule, packed
+from .rounding import round_into
 from .shards import WEIGHTS, Piece, codec_of, layout
 from .squeeze import squeeze
 from .stage import Owned, Stage, State, digest
@@ -44,12 +46,14 @@ from .stage import Owned, Stage, State, digest
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """The state of a replica at the moment a round begins."""
+    """The state of a replica at the moment a round begins; the round makes the new one of it and leaves nothing."""
 
     state: State  # x, g, m, v as they were
     samples: int
     fragments: tuple[int, ...]
     full: bool
+    late: bool  # training goes on before it is applied
+    place: int  # of the first weight in the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,7 @@ class Outcome:
     """A finished exchange. ``state`` is where the stage stands if the round is applied at once."""
 
     state: State
-    shift: Tensor  # to add to weights that trained on meanwhile
+    shifts: Sequence[tuple[int, Tensor]] | None  # to add to weights that trained on, from a place on; None: none did
     base_digest: bytes
     samples: int
     nbytes: int
@@ -92,10 +96,10 @@ class Synchronizer:
         self.keepers = keepers_of(seat.plan, seat.stage, config.checkpoint.keepers)
         self.pieces = layout(stage.size, self.sync.fragments, len(self.peers))
         self.owned = Owned(fragments=self.sync.fragments, replicas=len(self.peers), replica=seat.replica)
-        mine = [piece.shards[seat.replica] for pieces in self.pieces for piece in pieces]
-        self.feedback = [ErrorFeedback(end - start) for start, end in mine]  # by the piece's number
-        if state is not None and state.feedback is not None and state.owned == self.owned:
-            for feedback, kept in zip(self.feedback, state.feedback.split([f.n for f in self.feedback]), strict=True):
+        # By the piece's number.
+        self.feedback = [ErrorFeedback(end - start) for start, end in self.owned.shards(stage.size)]
+        if state is not None and state.feedback and state.owned == self.owned:
+            for feedback, kept in zip(self.feedback, state.feedback, strict=True):
                 feedback.load(kept)
         # Steps done when samples were counted from zero; None where an older plan's are among them.
         self.counted_from = None if seat.plan.origin == "step" else seat.plan.first_step
@@ -104,16 +108,19 @@ class Synchronizer:
 
     def owing(self, state: State) -> State:
         """``state`` with what this replica still owes as the owner of its shards."""
-        kept = [f.state() for f in self.feedback]
-        whole = None
-        if any(k is not None for k in kept):
-            whole = torch.cat([torch.zeros(f.n) if k is None else k for f, k in zip(self.feedback, kept, strict=True)])
-        return replace(state, feedback=whole, owned=self.owned)
+        return replace(state, feedback=tuple(f.state() for f in self.feedback), owned=self.owned)
 
     def capture(
-        self, stage: Stage, steps_done: int, samples: int, fragments: Iterable[int], *, full: bool = False
+        self,
+        stage: Stage,
+        steps_done: int,
+        samples: int,
+        fragments: Iterable[int],
+        *,
+        full: bool = False,
+        late: bool = True,
     ) -> Capture:
-        """Copies what the round needs, so that training may go on.
+        """Copies what the round needs, so that training may go on, if it does (``late``).
 
         ``full``: the round that ends a run, in which neither mask nor top-k leaves anything out (``Sync.completes``).
         """
@@ -126,37 +133,50 @@ class Synchronizer:
             last_layer=stage.last,
         )
         full = full and self.sync.completes
-        return Capture(state=stage.state(point), samples=samples, fragments=tuple(fragments), full=full)
+        return Capture(
+            state=stage.state(point),
+            samples=samples,
+            fragments=tuple(fragments),
+            full=full,
+            late=late,
+            place=stage.place_in_model,
+        )
 
     def exchange(self, capture: Capture) -> Outcome:
         """The whole round; blocks on the other replicas. Raises ``Fenced`` when the generation ends meanwhile."""
         started, before, nbytes = time.perf_counter(), capture.state, 0
         assert before.x is not None
-        x, g = before.x.clone(), before.g.clone()
+        base_digest, key = digest(before.g), draw(self.config.seed, "rounding", "round", before.point.step)
+        x, g = before.x, before.g.clone()
         momentum, unsent = before.momentum, before.unsent
-        if self.sync.outer_momentum:
-            momentum = torch.zeros_like(g) if momentum is None else momentum.clone()
-        if self.sync.feedback == "explicit":
-            unsent = torch.zeros_like(g) if unsent is None else unsent.clone()
+        if self.sync.outer_momentum and momentum is None:
+            momentum = torch.zeros_like(g)
+        if self.sync.feedback == "explicit" and unsent is None:
+            unsent = torch.zeros_like(g)
         payloads: list[Payload] = []
+        shifts: list[tuple[int, Tensor]] = []
         for piece, mean, residual, sent_nbytes in self._averages(capture, x, g, unsent, payloads):
             here = slice(piece.start, piece.end)
             nbytes += sent_nbytes
             exact = self.sync.outer_lr == 1.0 and momentum is None and unsent is None
             if len(self.peers) == 1 and self.kept:
                 nbytes += self._tell(
-                    piece, packed(x[here], g[here]) if exact else packed(mean), exact, payloads, capture
+                    piece, packed(x[here].float(), g[here]) if exact else packed(mean), exact, payloads, capture
                 )
             if len(self.peers) == 1 and exact:
                 g[here] = x[here]  # not g + (x - g), which rounds
             else:
                 self.rule.advance(g[here], None if momentum is None else momentum[here], mean)
-            x[here] = g[here]
+            moved = mean.copy_(g[here])  # its memory is free
             if unsent is not None:
                 unsent[here] = residual
             else:
-                x[here].add_(residual, alpha=self.sync.decay)
-            del mean, residual  # makes room
+                moved.add_(residual, alpha=self.sync.decay)
+            del residual  # makes room
+            if capture.late:
+                shifts.append((piece.start, moved - x[here]))
+            round_into(x[here], moved, key, capture.place + piece.start)
+            del mean, moved
         self.counted_from = before.point.step
         if not all(math.isfinite(end) for end in torch.aminmax(g)):
             if len(self.peers) == 1:
@@ -164,7 +184,6 @@ class Synchronizer:
             raise WireError("a round that makes weights infinite")
         point = replace(before.point, digest=digest(g))
         after = self.owing(replace(before, point=point, g=g, x=x, momentum=momentum, unsent=unsent))
-        base_digest = digest(before.g)
         entry = Entry(
             generation=point.generation,
             attempt=self.seat.plan.attempt,
@@ -178,7 +197,7 @@ class Synchronizer:
         )
         return Outcome(
             state=after,
-            shift=x - before.x,
+            shifts=shifts if capture.late else None,
             base_digest=base_digest,
             entry=entry if self.kept else None,
             samples=capture.samples,
@@ -198,21 +217,23 @@ class Synchronizer:
         going: list[tuple[Piece, Tensor, Sparse, int]] = []
         for piece in [*pieces, None]:
             if piece is not None:
-                here = slice(piece.start, piece.end)
-                residual = x[here] - g[here]
-                if unsent is not None:
-                    residual.add_(unsent[here], alpha=self.sync.decay)
                 if len(self.peers) == 1:
+                    residual = self._residual(piece, x, g, unsent)
                     yield piece, residual, torch.zeros_like(residual), 0
                     continue
-                going.append((piece, residual, *self._scatter(piece, residual, capture)))
+                going.append(self._scatter(piece, self._residual(piece, x, g, unsent), capture))
                 failpoint("worker.round.shard_sent")
             if going and (piece is None or len(going) > 1):
-                first, residual, own, nbytes = going.pop(0)
-                mean, more = self._gather(first, own, capture, payloads)
-                yield first, mean, residual, nbytes + more
+                yield self._gather(*going.pop(0), capture, payloads)  # and keeps nothing of it
 
-    def _scatter(self, piece: Piece, residual: Tensor, capture: Capture) -> tuple[Sparse, int]:
+    def _residual(self, piece: Piece, x: Tensor, g: Tensor, unsent: Tensor | None) -> Tensor:
+        here = slice(piece.start, piece.end)
+        residual = x[here] - g[here]  # fp32, as g is
+        if unsent is not None:
+            residual.add_(unsent[here], alpha=self.sync.decay)
+        return residual
+
+    def _scatter(self, piece: Piece, residual: Tensor, capture: Capture) -> tuple[Piece, Tensor, Sparse, int]:
         """Sends every owner its shard, and takes what was sent out of ``residual``; our own shard's, and bytes sent."""
         codec, nbytes, own = codec_of(self.sync, full=capture.full), 0, None
         for j, (start, end) in enumerate(piece.shards):
@@ -226,11 +247,13 @@ class Synchronizer:
                 payload = self._squeezed(WEIGHTS, encoded.payload)
                 nbytes += self._post(self.peers[j], Kind.SHARD, piece, end - start, payload, capture)
         assert own is not None
-        return own, nbytes
+        return piece, residual, own, nbytes
 
-    def _gather(self, piece: Piece, own: Sparse, capture: Capture, payloads: list[Payload]) -> tuple[Tensor, int]:
-        """Decides our shard's mean, sends it to all, and takes everybody's; the piece's mean, and bytes sent."""
-        codec, replica, nbytes = codec_of(self.sync, full=capture.full), self.seat.replica, 0
+    def _gather(
+        self, piece: Piece, residual: Tensor, own: Sparse, nbytes: int, capture: Capture, payloads: list[Payload]
+    ) -> tuple[Piece, Tensor, Tensor, int]:
+        """Decides our shard's mean, sends it to all, and takes everybody's: as ``_averages`` gives it."""
+        codec, replica = codec_of(self.sync, full=capture.full), self.seat.replica
         step, mine = capture.state.point.step, self._mask(piece, replica, capture)
         received = [(own, capture.samples)]
         for i in range(len(self.peers)):
@@ -257,7 +280,7 @@ class Synchronizer:
                 frame = self._take(Kind.MEAN, step, piece, j)
                 payloads.append((frame.header.tensors[0].codec, frame.payload))
                 decided.append(self._decoded(frame, self._mask(piece, j, capture).count, capture))
-        return self.rule.mean(piece, decided, step, full=capture.full), nbytes
+        return piece, self.rule.mean(piece, decided, step, full=capture.full), residual, nbytes
 
     def _tell(self, piece: Piece, data: bytes, exact: bool, payloads: list[Payload], capture: Capture) -> int:
         """What a lone replica's keepers need of a piece: nobody else decides it, so it goes as it is; bytes sent."""
@@ -325,7 +348,9 @@ def apply(stage: Stage, outcome: Outcome, *, late: bool) -> None:
     assert state.x is not None
     stage.g = state.g
     if late:
-        stage.shift(outcome.shift)
+        assert outcome.shifts is not None
+        for start, by in outcome.shifts:
+            stage.shift(start, by)
     else:
         stage.place(state.x)
     stage.momentum, stage.unsent = state.momentum, state.unsent

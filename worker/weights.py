@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..protocol.errors import StateError
-from ..protocol.weights import StoredTensor, Weights
+from ..protocol.weights import StoredDtype, StoredTensor, Weights
 
 log = logging.getLogger(__name__)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,16 +35,32 @@ class Beginning:
 
         ``StateError`` if the checkpoint has no such tensor, or what is on disk cannot be used.
         """
-        tensor = self._tensors.get(name)
-        if tensor is None or tensor.shape != tuple(out.shape):
-            raise StateError(f"the run's checkpoint has no {name} of {tuple(out.shape)}", hint="Tell its operator.")
+        out.copy_(self.stored(name, tuple(out.shape)))
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor as the checkpoint has it, mapped from its file; errors as of :meth:`fill`."""
+        tensor, path = self._tensor(name, shape), self.bring(name, shape)
+        return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=DTYPES[tensor.dtype]).view(shape)
+
+    def dtype(self, name: str, shape: tuple[int, ...]) -> StoredDtype:
+        """What a tensor is stored as."""
+        return self._tensor(name, shape).dtype
+
+    def bring(self, name: str, shape: tuple[int, ...]) -> Path:
+        """The file with a tensor's bytes, fetched if it is not here."""
+        tensor = self._tensor(name, shape)
         path = self._folder / tensor.sha256
         with self._bringing:
             if not self._is_whole(path, tensor):
                 path.unlink(missing_ok=True)
                 self._fetch(tensor, path)
-        stored = torch.from_file(str(path), shared=False, size=out.numel(), dtype=DTYPES[tensor.dtype])
-        out.copy_(stored.view(out.shape))
+        return path
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        tensor = self._tensors.get(name)
+        if tensor is None or tensor.shape != shape:
+            raise StateError(f"the run's checkpoint has no {name} of {shape}", hint="Tell its operator.")
+        return tensor
 
     def _is_whole(self, path: Path, tensor: StoredTensor) -> bool:
         try:

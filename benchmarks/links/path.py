@@ -1,14 +1,7 @@
 """Where a step's time goes: its critical path, found by walking back from its end.
 
-From the last thing that was done in a step we go to what it began after: the thing that this stage did before, or, if
-it waited, the arrival of its input, and through the line to what the sender did before it handed that over. Every
-second of the step is on the path once, as one of
-
-    compute PEER       forward or backward
-    encode PEER        codecs, between computing and the line, and behind it
-    wire PEER -> PEER  from handing over to arriving: the line's queue, its rate, its latency
-    update PEER        the optimizer
-    round PEER         between two steps: the capture of a round, waiting for a round that is due, or for leases
+Found as the coordinator finds it (``coordinator/dashboard/critical.py``), from what is noted here on one clock; its
+*codec* is called *encode* here.
 """
 
 from __future__ import annotations
@@ -18,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from potluck.coordinator.dashboard import critical
+from potluck.coordinator.dashboard.track import Done, Step, Track
 
 Event = dict[str, Any]
 CLOSE_SECONDS = 0.002  # between what belongs together
@@ -43,12 +39,11 @@ class Segment:
 
 
 class Records:
-    """Traces of all workers of a run, by their names."""
+    """Traces of all workers of a run, by their names, all on one machine's clock."""
 
     def __init__(self, traces: Mapping[str, Sequence[Event]]) -> None:
         self.ops: dict[str, list[Event]] = {}
         self.arrivals: dict[tuple[str, str, int, int], float] = {}  # who, kind, step, microbatch
-        self.posts: dict[tuple[str, int, int], list[tuple[float, str]]] = defaultdict(list)
         self.coding: dict[str, list[Event]] = {}
         self.steps: dict[str, dict[int, Event]] = {}
         for peer, trace in traces.items():
@@ -58,71 +53,51 @@ class Records:
             for e in trace:
                 if e["op"] == "arrive":
                     self.arrivals.setdefault((peer, e["kind"], e["step"], e["m"]), e["t"])
-                elif e["op"] == "post":
-                    self.posts[e["kind"], e["step"], e["m"]].append((e["t"], peer))
         self.stage = {peer: ops[0]["stage"] for peer, ops in self.ops.items() if ops}
 
     def path(self, step: int) -> list[Segment]:
         """The critical path of one step, from its end to its beginning; empty if the records do not reach so far."""
-        ends = [(steps[step]["end"], peer) for peer, steps in self.steps.items() if step in steps]
-        if not ends:
-            return []
-        at, peer = max(ends)
-        out: list[Segment] = []
-        ops = [e for e in self.ops[peer] if e["step"] == step]
-        if not ops:
-            return []
-        op = ops[-1]
-        out.append(Segment(what="update", peer=peer, start=op["end"], end=at))
-        while True:
-            out += self._op(peer, op)
-            begun = self.steps[peer][step]["t"]
-            before = max(
-                (e for e in self.ops[peer] if e["end"] <= op["t"] + CLOSE_SECONDS), key=lambda e: e["end"], default=None
-            )
-            source = self._source(peer, op)
-            free = before["end"] if before is not None and before["step"] == step else begun
-            if source is None or source[0] <= free + CLOSE_SECONDS:
-                if before is None or before["step"] != step:
-                    if op["t"] > begun:
-                        out.append(Segment(what="encode", peer=peer, start=begun, end=op["t"]))
-                    if step - 1 in self.steps[peer]:
-                        ended = self.steps[peer][step - 1]["end"]
-                        out.append(Segment(what="round", peer=peer, start=ended, end=begun))
-                    return out
-                if op["t"] - before["end"] > CLOSE_SECONDS:
-                    out.append(Segment(what="encode", peer=peer, start=before["end"], end=op["t"]))
-                op = before
-                continue
-            arrived, posted, sender = source
-            if op["t"] > arrived:
-                out.append(Segment(what="encode", peer=peer, start=arrived, end=op["t"]))
-            out.append(Segment(what="wire", peer=sender, to=peer, start=posted, end=arrived))
-            before = max((e for e in self.ops[sender] if e["t"] <= posted), key=lambda e: e["t"], default=None)
-            if before is None or before["step"] != step:
-                return out
-            if posted > before["end"]:
-                out.append(Segment(what="encode", peer=sender, start=before["end"], end=posted))
-            op = {**before, "end": min(before["end"], posted)}
-            peer = sender
-
-    def _source(self, peer: str, op: Event) -> tuple[float, float, str] | None:
-        """When the input of an operation arrived, when it was handed over, and by whom; None if it has none."""
-        kind = "ACTIVATION" if op["op"] == "forward" else "GRADIENT"
-        arrived = self.arrivals.get((peer, kind, op["step"], op["m"]))
-        posts = self.posts.get((kind, op["step"], op["m"]), [])
-        if arrived is None or not (earlier := [p for p in posts if p[0] <= arrived]):
-            return None
-        return arrived, *max(earlier)
-
-    def _op(self, peer: str, op: Event) -> list[Segment]:
-        inside = [
-            e for e in self.coding[peer] if e["t"] >= op["t"] - CLOSE_SECONDS and e["end"] <= op["end"] + CLOSE_SECONDS
+        tracks = tuple(self._track(peer, step) for peer in sorted(self.stage) if step in self.steps[peer])
+        found = critical.path(Step(tracks=tracks))
+        return [
+            Segment(what=s.what.replace("codec", "encode"), peer=s.peer, start=s.start, end=s.end, to=s.receiver or "")
+            for s in reversed(found)
         ]
-        coding = min(sum(e["end"] - e["t"] for e in inside), op["end"] - op["t"])
-        cut = op["end"] - coding
-        found = [Segment(what="encode", peer=peer, start=cut, end=op["end"])] if coding else []
-        return [*found, Segment(what="compute", peer=peer, start=op["t"], end=cut)]
+
+    def _track(self, peer: str, step: int) -> Track:
+        whole, earlier = self.steps[peer][step], self.steps[peer].get(step - 1)
+        ops = [e for e in self.ops[peer] if e["step"] == step]
+        done = []
+        for op, following in zip(ops, [*ops[1:], None], strict=True):
+            end = op["end"] if following is None else min(op["end"], following["t"])  # the last stage's are nested
+            kind = "ACTIVATION" if op["op"] == "forward" else "GRADIENT"
+            done.append(
+                Done(
+                    kind=op["op"],
+                    microbatch=op["m"],
+                    start=op["t"],
+                    end=end,
+                    arrived=self.arrivals.get((peer, kind, step, op["m"])),
+                    decode=self._coding(peer, "decode", op["t"], end),
+                    encode=self._coding(peer, "encode", op["t"], end),
+                )
+            )
+        computed = done[-1].end if done else whole["t"]
+        done.append(Done(kind="update", microbatch=None, start=computed, end=max(computed, whole["end"])))
+        return Track(
+            peer=peer,
+            stage=self.stage[peer],
+            work=1.0,
+            begin=whole["t"],
+            before=None if earlier is None else whole["t"] - earlier["end"],
+            done=tuple(done),
+        )
+
+    def _coding(self, peer: str, what: str, start: float, end: float) -> float:
+        inside = [
+            e["end"] - e["t"] for e in self.coding[peer] if e["op"] == what and start <= e["t"] <= e["end"] <= end
+        ]
+        return min(sum(inside), (end - start) / 2)
 
 
 def shares(paths: Sequence[Sequence[Segment]]) -> dict[str, float]:

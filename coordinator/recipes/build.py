@@ -182,7 +182,8 @@ class _Build:
         if not (self.building / words.CONFIG_FILE).exists():
             self.say("the tokenizer", 0.0)
             words.make(recipe.tokenizer, self.building, self.here, recipe.seq_len, self._sample())
-        self.words = words.load(self.building, recipe.tokenizer.vocab_size if recipe.tokenizer.kind == "folder" else 0)
+        rows = recipe.tokenizer.vocab_size if recipe.tokenizer.kind == "folder" else 0
+        self.words = words.load(self.building, rows, recipe.tokenizer.spare_words)
         self._check_objectives()
         self.left_out.begin(self.words)
         if self.left_out.is_choosing:
@@ -220,7 +221,8 @@ class _Build:
             if stage.objective.kind in DENOISING and not (self.words.special.sentinels and self.words.special.modes):
                 raise ConfigError(
                     f"stages[{place}].objective.kind {stage.objective.kind} needs sentinels: the tokenizer has none",
-                    hint="Set tokenizer.spare (112, for instance), or use tokenizer.kind gptj.",
+                    hint="Set tokenizer.spare (112, for instance), use tokenizer.kind gptj, or name special words of a"
+                    " checkpoint's tokenizer in tokenizer.spare_words.",
                 )
 
     def _source(self, name: str, config: SourceConfig) -> Source:

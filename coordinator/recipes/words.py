@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,8 +69,9 @@ def make(config: TokenizerConfig, folder: Path, here: Path, seq_len: int, texts:
     (folder / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, vocab_size: int = 0) -> Words:
-    """What :func:`make` wrote; ``vocab_size`` is that of the embedding, if it has more rows."""
+def load(folder: Path, vocab_size: int = 0, spare_words: Sequence[str] = ()) -> Words:
+    """What :func:`make` wrote; ``vocab_size`` is that of the embedding, if it has more rows; ``spare_words`` are taken
+    for denoising instead of those that :func:`make` adds."""
     data = (folder / TOKENIZER_FILE).read_bytes()
     try:
         tokenizer = Tokenizer.from_str(data.decode())
@@ -89,22 +90,34 @@ def load(folder: Path, vocab_size: int = 0) -> Words:
             f"tokenizer.vocab_size {vocab_size} is less than its {words} words", hint="Leave it out, or raise it."
         )
     size = max(vocab_size, words)
-    return Words(tokenizer, special_of(tokenizer, eos), size, hashlib.sha256(data).hexdigest())
+    return Words(tokenizer, special_of(tokenizer, eos, spare_words), size, hashlib.sha256(data).hexdigest())
 
 
-def special_of(tokenizer: Tokenizer, eos: str) -> Special:
+def special_of(tokenizer: Tokenizer, eos: str, spare_words: Sequence[str] = ()) -> Special:
     """The end of text and the spare words: of four or more the last three are the modes R, X and S, the rest
     sentinels."""
     end = tokenizer.token_to_id(eos)
     if end is None:
         raise ConfigError(f"the tokenizer has no word {eos}", hint="Check eos_token in its tokenizer_config.json.")
-    spare: list[int] = []
-    while (word := tokenizer.token_to_id(spare_word(len(spare) + 1))) is not None:
+    spare = _named(tokenizer, eos, spare_words)
+    while not spare_words and (word := tokenizer.token_to_id(spare_word(len(spare) + 1))) is not None:
         spare.append(word)
     if len(spare) <= N_MODES:
         return Special(eos=end, pad=end)
     r, x, s = spare[-N_MODES:]
     return Special(eos=end, pad=end, sentinels=tuple(spare[:-N_MODES]), modes={"R": (r,), "X": (x,), "S": (s,)})
+
+
+def _named(tokenizer: Tokenizer, eos: str, names: Sequence[str]) -> list[int]:
+    """The ids of ``names``, which no text can spell."""
+    special = {word.content: number for number, word in tokenizer.get_added_tokens_decoder().items() if word.special}
+    special.pop(eos, None)
+    if wrong := [name for name in names if name not in special]:
+        raise ConfigError(
+            f"tokenizer.spare_words: {', '.join(wrong)}: no special word of the tokenizer, or its end of text",
+            hint=f"It has {', '.join(special) or 'none'}.",
+        )
+    return [special[name] for name in names]
 
 
 def _trained(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:

@@ -94,22 +94,22 @@ def test_an_example_is_one_documents_and_one_denoisers(denoiser: Denoiser) -> No
 
 def test_the_ways_differ_in_their_objective_alone() -> None:
     tokenizer = {"kind": "folder", "path": "causal"}
-    causal, ul2r = (recipe_data.recipe(kind, tokenizer) for kind in ("causal", "ul2r"))
+    causal, ul2r = (recipe_data.recipe(kind, tokenizer, 10_000) for kind in ("causal", "ul2r"))
     assert ul2r.stages[0].objective.kind == "ul2r" and causal.stages[0].objective.kind == "causal"
     assert msgspec.structs.replace(ul2r, stages=causal.stages) == causal
     assert ul2r.stages[0].mix == causal.stages[0].mix and ul2r.stages[0].tokens == causal.stages[0].tokens
-    runs = [recipe.config(w, Path(w), steps=5, seed=1, lr=1e-3, init=Path("start")) for w in ("ul2r", "causal")]
+    runs = [recipe.config(w, Path(w), recipe.CHECKPOINT, seed=1, init=Path("start")) for w in ("ul2r", "causal")]
     named = [msgspec.structs.replace(run, name="run", data=runs[0].data) for run in runs]
     assert named[0] == named[1] and runs[0].data != runs[1].data
 
 
-def test_the_page_has_the_numbers_of_both_parts(tmp_path: Path) -> None:
+def test_the_page_has_the_numbers_of_all_parts(tmp_path: Path) -> None:
     def losses(at: float) -> dict[str, dict[str, float]]:
         loss = Loss(prefix=at, causal=at + 0.25, targets=1000)
         return {name: msgspec.to_builtins(loss) for name in (*map(title, UL2R), "causal")}
 
     conditions = dict.fromkeys(
-        ["parameters", "pretrain", "steps", "tokens_a_step", "seq_len", "pretrain_lr", "lr", "warmup", "seeds"], 7
+        ["parameters", "pretrain", "steps", "step_tokens", "pretrain_lr", "lr", "warmup", "seeds"], 7
     )
     ways = {
         way: [{"losses": losses(at + i), "seconds": 10.0} for i in range(3)]
@@ -121,9 +121,14 @@ def test_the_page_has_the_numbers_of_both_parts(tmp_path: Path) -> None:
     stage = {"layers": [0, 7], "own": 100e6, "bare": 200e6, "peak": 310e6}
     loading = {"d_model": 64, "layers": 28, "stored_nbytes": 200e6, "files": 3, "stages": [stage]}
     recipe_report.update(tmp_path, "loading", loading | {"coordinator": stage | {"peak": 204e6}})
+    better = {way: [result | {"losses": losses(1.0)} for result in results] for way, results in ways.items()}
+    of_checkpoint = found | {"conditions": found["conditions"] | {"model": "SmolLM2"}, "ways": better}
+    recipe_report.update(tmp_path, "checkpoint", of_checkpoint)
     page = (tmp_path / "RECIPE.md").read_text()
     assert "| + 7 steps UL2R | 5.000 (4.000 to 6.000)" in page and "| start | 8.500 |" in page
     assert "+0.2500" in page
+    second = page[page.index("## From a really pretrained model") :]
+    assert "The same from SmolLM2" in second and "| + 7 steps UL2R | 1.000 (1.000 to 1.000)" in second
     said = " ".join(page.split())
     assert "above 0 for: S, R (3, 0.15), X (32, 0.15), X (3, 0.5); above the control's for: none." in said
     assert "below the control's for: R (3, 0.15), X (32, 0.15), X (3, 0.5); above it for: none." in said

@@ -68,7 +68,7 @@ def potluck(folder: Path, *arguments: object) -> Ended:
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Everything below ``folder``."""
-    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in sorted(folder.rglob("*"))}
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 def write_run(folder: Path, **sections: Any) -> None:

@@ -136,9 +136,10 @@ def test_tickets_that_are_none(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "old").write_text(old, encoding="utf-8")
     assert cli.potluck(tmp_path, "worker", "join", "@old").error == wrong[old]
     (tmp_path / "old").unlink()
-    # Nobody listens there: a key is made, no more.
+    # Nobody listens there: a key is made, and `worker status` can say why it ended.
     assert cli.potluck(tmp_path, "worker", "join", good, "--data-dir", "data").error.startswith("nobody listens at ")
-    assert set(cli.tree(tmp_path)) == {"data", "data/identity.pem", "data/identity.pem.lock"}
+    kept = {"data", "data/identity.pem", "data/identity.pem.lock", "data/ended.json", "data/contribution.json"}
+    assert set(cli.tree(tmp_path)) == kept
 
 
 # Ports, folders, disks.

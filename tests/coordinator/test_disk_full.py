@@ -79,20 +79,20 @@ async def test_while_it_refuses_everybody_is_told_why_once(hub: Hub, caplog: pyt
     working = asyncio.create_task(finished(hub, crew))
     await until(lambda: hub.standing and hub.standing.tries > 5)
     before = hub.board.state()
-    assert before["note"] == "the coordinator's disk is full: nothing new is given out until it is mended"
-    assert all(hand.notes[-1] == before["note"] for hand in crew)
-    assert str(disk(hub).path) not in before["note"]
+    assert before.note == "the coordinator's disk is full: nothing new is given out until it is mended"
+    assert all(hand.notes[-1] == before.note for hand in crew)
+    assert str(disk(hub).path) not in before.note
     codes[0] = IOERR
     await until(lambda: hub.standing and hub.standing.error.code == "disk")
-    assert "refuses to write" in hub.board.state()["note"] and "refuses to write" in crew[0].notes[-1]
-    assert hub.board.state()["step"] == before["step"] and hub.board.state()["peers"][0]["samples"] == 0
+    assert "refuses to write" in hub.board.state().note and "refuses to write" in crew[0].notes[-1]
+    assert hub.board.state().step == before.step and hub.board.state().peers[0].samples == 0
     await until(lambda: hub.standing and hub.standing.tries > 20)
     codes.clear()
     await working
     errors = [r.message for r in caplog.records if r.levelno == logging.ERROR]
     assert len(errors) == 2 and "disk is full" in errors[0] and "Free some space" in errors[0]
     assert any(r.message.startswith("The disk refused to write for ") for r in caplog.records)
-    assert hub.board.state()["note"] == "the run is complete"
+    assert hub.board.state().note == "the run is complete"
 
 
 async def test_what_comes_in_meanwhile_is_bounded(hub: Hub) -> None:
@@ -198,7 +198,7 @@ async def test_what_never_gets_better_ends_the_run(code: int | str, hub: Hub) ->
     with pytest.raises((StateError, ExceptionGroup)):
         await working
     assert hub.failed and hub.failed.hint and hub.failed.code != "disk"
-    assert hub.board.state()["note"] == hub.failed.one_line()
+    assert hub.board.state().note == hub.failed.one_line()
     told = [len(hand.acks) for hand in crew]
     await hub.report(crew[0], pb.Up(seq=99, leaving=pb.Leaving()))
     await asyncio.sleep(0.02)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from potluck.coordinator.doors import Doors
-from potluck.coordinator.state import Member
+from potluck.coordinator.state import Ban, Member, RunState
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.errors import ConfigError
 from potluck.protocol.hello import PROTOCOL, secret_proof, signed_part
@@ -22,10 +22,12 @@ ID = id_of(bytes(range(32)))
 RELAY = f"/ip4/192.0.2.1/tcp/4001/p2p/{id_of(bytes(32))}"
 
 
-async def enter(p2p: str, relays: list[str]) -> tuple[pb.Down, Member | None]:
-    """What a worker hears that says ``p2p`` of itself, and as whom the run knows it."""
+async def enter(p2p: str, relays: list[str], *, ban: Ban | None = None) -> tuple[pb.Down, Member | None]:
+    """What a worker hears that says ``p2p`` of itself, and as whom the run knows it. ``ban``: of its key."""
+    identity = Identity.generate()
     entered: asyncio.Queue[Member] = asyncio.Queue()
     hub: Any = SimpleNamespace(lines={}, acked={}, connect=lambda line: None, hang_up=lambda line: None)
+    hub.state = RunState(bans={identity.peer_id: ban} if ban else {})
 
     async def taken(line: Any, member: Member) -> None:
         entered.put_nowait(member)
@@ -47,7 +49,6 @@ async def enter(p2p: str, relays: list[str]) -> tuple[pb.Down, Member | None]:
         while True:
             yield await said.get()
 
-    identity = Identity.generate()
     context: Any = SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:40000")
     stream = doors.control(requests(), context)
     nonce = (await anext(stream)).challenge.nonce
@@ -96,6 +97,12 @@ async def test_an_id_that_is_none_is_refused(p2p: str) -> None:
     assert answer.refuse.code == "wire"
     assert answer.refuse.text == "the hello names a libp2p daemon that is none"
     assert member is None
+
+
+async def test_a_banned_key_is_refused_at_hello_and_told_why() -> None:
+    answer, member = await enter("", [], ban=Ban(name="anna", who="the operator", why="noise"))
+    assert (answer.refuse.code, answer.refuse.text) == ("banned", "this worker is banned from the run: noise")
+    assert "Ask the operator" in answer.refuse.hint and member is None
 
 
 @pytest.mark.parametrize("text", ["", "relay.example:4001", "/ip4/192.0.2.1/tcp/4001", f"/p2p/{ID}", f"{RELAY}/x"])

@@ -102,6 +102,18 @@ def test_too_few_samples_of_a_substitute_are_noticed() -> None:
     assert run.state.committed.step == 4 and journaled(run.commands, ev.RoundRefused)
 
 
+def test_who_says_that_it_is_gone_is_not_waited_for() -> None:
+    run = committed(*CREW, rules=replace(RULES, away_seconds=3.0))
+    victim = second(run, 0)
+    commands = run.say(victim, leaving=pb.Leaving(at_once=True))
+    assert victim not in run.state.members and [lost.peer for lost in run.plan.lost] == [victim]
+    assert journaled(commands, ev.PeerGone)[0].graceful and journaled(commands, ev.Rerouted)
+    assert run.do(Gone(peer=victim, session=victim.encode())) == []
+    assert not run.state.unaware  # nobody waits for it at the run's end
+    run.join(victim, session=b"again")
+    assert not run.state.barred  # it was not given up: it may come back at any time
+
+
 def test_the_last_replica_of_a_stage_costs_the_generation() -> None:
     run = committed("a", "b", "c", "d")
     lose(run, second(run, 0))
@@ -284,3 +296,9 @@ def test_a_held_round_goes_on_when_somebody_comes() -> None:
     run.ready()
     assert run.plan.generation == 2 and run.state.until > until
     assert all(len(replicas) == 2 for replicas in run.plan.replicas)
+
+
+def test_after_a_restart_the_first_step_says_nothing_of_the_pace() -> None:
+    pace = Pace().reached(400, 1e9, learn=True)
+    assert (pace.step, pace.count) == (400, 0)
+    assert pace.reached(401, 1e9 + 0.5, learn=True).mean_seconds == 0.5

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 import yaml
 from recipe_texts import make, recipe_of
+from tokenizers import AddedToken, Tokenizer
 
 from potluck.coordinator.recipes import build as building
 from potluck.coordinator.recipes import examples, texts, words
@@ -123,6 +125,35 @@ def test_a_layout_like_gptjs_is_made_of_merges(tmp_path: Path, monkeypatch: pyte
     assert found.special.modes == {"R": (144,), "X": (145,), "S": (146,)}
     assert found.encode(["abb", "ab<|extratoken_1|>"])[0] == [2, 1]
     assert 4 not in found.encode(["ab<|extratoken_1|>"])[0]
+
+
+def test_special_words_of_a_checkpoint_serve_as_sentinels_and_modes(
+    built: tuple[Path, Manifest], here: Path, tmp_path: Path
+) -> None:
+    folder, stage = tmp_path / "theirs", {"name": "s", "tokens": 6400, "mix": {"web": 1.0}}
+    stage["objective"] = {"kind": "ul2r"}
+    shutil.copytree(built[0], folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    n_words, names = tokenizer.get_vocab_size(), [f"<file_{number}>" for number in range(6)]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.add_tokens([AddedToken("<plain>", special=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    raw = recipe_of(sources={"web": WEB}, stages=[stage])
+    raw["tokenizer"] = {"kind": "folder", "path": str(folder), "spare_words": names}
+    special = make(raw, tmp_path / "a", here).special
+    assert special.sentinels == tuple(range(n_words, n_words + 3))
+    assert special.modes == {mode: (n_words + 3 + place,) for place, mode in enumerate("RXS")}
+    raw["tokenizer"]["spare_words"] = [*names[:5], "<plain>"]  # a text may spell that one
+    with pytest.raises(ConfigError, match="<plain>: no special word") as caught:
+        make(raw, tmp_path / "b", here)
+    assert "<file_0>" in caught.value.hint
+    raw["tokenizer"]["spare_words"] = [*names[:5], words.EOS]
+    with pytest.raises(ConfigError, match="end of text"):
+        make(raw, tmp_path / "b", here)
+    for wrong in (names[:4], [*names, names[0]]):
+        raw["tokenizer"]["spare_words"] = wrong
+        with pytest.raises(ConfigError, match="five or more different words"):
+            make(raw, tmp_path / "b", here)
 
 
 def test_a_checkpoints_tokenizer_may_have_an_embedding_with_more_rows(

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,14 @@ class Network:
         self._text = write_text(folder / "corpus.txt")
         self._ticket = ""
 
-    def configure(self, steps: int, architecture: str = "gptj", init: str = "", **coordinator: Any) -> None:
+    def configure(
+        self, steps: int, architecture: str = "gptj", init: str = "", lora: Mapping[str, Any] = {}, **coordinator: Any
+    ) -> None:
+        """``lora``: of a run that trains adapters only."""
         raw = {**TINY, "steps": steps, "data": {**TINY["data"], "source": str(self._text)}}
         raw["model"] = {**TINY["model"], "architecture": architecture, "init": init}
+        if lora:
+            raw["model"] |= {"train": "lora", "lora": dict(lora)}
         if architecture != "gptj":
             del raw["model"]["rotary_dim"]
         raw["coordinator"] = {**TINY["coordinator"], **coordinator}
@@ -234,6 +239,12 @@ def network(tmp_path: Path) -> Iterator[Network]:
     made = Network(tmp_path)
     yield made
     made.close()
+
+
+@pytest.fixture
+def until(network: Network) -> Callable[..., None]:
+    """Waits for what becomes true; a failure tells what everybody said."""
+    return lambda what, seconds=30.0: wait_until(what, seconds, lambda: network.story([]))
 
 
 @pytest.fixture

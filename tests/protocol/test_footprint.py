@@ -37,14 +37,14 @@ def test_a_weight_takes_what_its_parts_take(config):
     assert (plain.weights, plain.gradients, plain.moments, plain.reference) == (4 * n, 4 * n, 8 * n, 4 * n)
     assert (lean.weights, lean.gradients, lean.reference) == (2 * n, 2 * n, 4 * n)
     assert lean.moments == pytest.approx(2.03 * n, rel=1e-3)
-    assert lean.rounds == plain.rounds
+    assert plain.rounds - lean.rounds == pytest.approx(2 * (2 + 8 - 2.03) * n, rel=1e-3)  # in two states
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("layers", [(0, 4), (4, 8), (24, 28)])
 def test_every_choice_saves_memory(config, layers, device):
     total = {c: footprint(c.within(config), V, *layers, window=3, device=device).on_cpu for c in CHOICES}
-    for dtype, bits, recompute in CHOICES:
+    for dtype, bits, recompute, _ in CHOICES:
         assert total[Choice("bf16", bits, recompute)] < total[Choice("fp32", bits, recompute)]
         assert total[Choice(dtype, 8, recompute)] < total[Choice(dtype, 32, recompute)]
         assert total[Choice(dtype, bits, True)] <= total[Choice(dtype, bits, False)]

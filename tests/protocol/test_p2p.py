@@ -256,7 +256,8 @@ def test_the_daemon_dies_with_its_parent() -> None:
 
 
 async def test_a_daemon_that_dies_is_started_again_where_it_was(rig: Rig) -> None:
-    near, far = await rig.connect()
+    patient = {"give_up": 40 * SECOND}  # the other daemon does not dial one again that just failed for 5 s and longer
+    near, far = await rig.connect(a=patient, b=patient)
     for side in (rig.b, rig.a):
         before = side._p2p.daemon.pid
         sending = asyncio.create_task(pass_frames(near, far, 30))

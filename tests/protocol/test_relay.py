@@ -134,6 +134,19 @@ async def test_who_lacks_the_secret_stays_out(rig: Rig) -> None:
     assert rig.relay is not None and rig.relay.attached == 0
 
 
+async def test_who_is_banned_stays_out(rig: Rig) -> None:
+    await rig.start()
+    assert rig.relay
+    outcast = rig.transport("c", rig.config())
+    rig.relay._is_banned = lambda peer: peer == outcast.peer_id
+    outcast.use_relays(rig.a._relays.spots, SECRET)
+    with pytest.raises(UnreachableError):
+        await outcast.dial(rig.b.peer_id, [])
+    assert outcast.peer_id not in rig.relay._attached
+    near = await rig.a.dial(rig.b.peer_id, [])
+    await pass_frames(near, await rig.accepted.get(), 1)
+
+
 async def test_another_server_at_the_relays_address_is_not_asked(rig: Rig) -> None:
     spot = await rig.start_relay()
     made = rig.transport("c", rig.config())

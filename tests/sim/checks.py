@@ -15,6 +15,7 @@ from potluck.coordinator.state import (
     Dismiss,
     Input,
     Journal,
+    Keep,
     Lease,
     Mark,
     Point,
@@ -32,6 +33,9 @@ from potluck.coordinator.verify import verify
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.plan import Plan
 
+from .broken import Broken as Broken
+from .broken import hold as hold
+from .operated import opened_again, operated
 from .same import same
 from .weights import Content, once, spell
 
@@ -42,15 +46,6 @@ if TYPE_CHECKING:
 SHIFT = 4096.0  # seconds
 FENCED = ("step_done", "round_done", "eval_done", "saved", "fault")
 BEAT = pb.Up(heartbeat=pb.Heartbeat(state="training"))
-
-
-class Broken(AssertionError):
-    """An invariant does not hold."""
-
-
-def hold(condition: object, what: str) -> None:
-    if not condition:
-        raise Broken(what)
 
 
 @dataclass(frozen=True)
@@ -104,6 +99,7 @@ class Watch:
         self.batch: Batch | None = None
         self.belief_is_old = False  # of who holds the older rounds: workers let them go without a word
         self.points: set[tuple[int, bool]] = set()  # of the generation: step, and whether held-out
+        self.operated: object = None  # the operator's orders, if there was ever one
         self.dropped: list[Mark] = []  # committed rounds that were given up
         self.heard: dict[bytes, int] = {}  # newest report of each session
         self.reached: dict[str, int] = {}
@@ -143,6 +139,8 @@ class Watch:
         if isinstance(what, Tick):
             late = [p for p, m in new.members.items() if m.away is not None and m.away <= now]
             hold(not late, f"{late} are waited for, though their time is over")
+        for situation in operated(state, new, commands):
+            self.reach(situation)
         self._bounded(rules, new)
         return new, commands
 
@@ -197,6 +195,8 @@ class Watch:
                     touched = True
                 case Journal(event=RolledBack(why=why)):
                     hold(not self.world.faults.is_alone, f"work is lost, though no worker has failed: {why}")
+                case Keep(values=values):
+                    self.operated = values.get("operated", self.operated)
                 case Relet():
                     self._relet(command)
                 case ReturnLeases():
@@ -318,7 +318,8 @@ class Watch:
         state = self.world.coordinator.state
         older = [m for m in known_marks(state) if m.step == step]
         hold(not step or (older and self.world.held(older)), f"back to step {step}, which nobody holds")
-        self.dropped += [m for m in known_marks(state) if m.step > step]
+        if not state.bans:  # else the operator may have wished it: what a banned one holds counts for nothing
+            self.dropped += [m for m in known_marks(state) if m.step > step]
         self.belief_is_old = True
         self.rows = [r for r in self.rows if r.is_committed and r.step < step]
         self.world.trace("ledger", f"back to step {step}")
@@ -362,6 +363,8 @@ class Watch:
         found = Durable.of(state.generation, state.committed, state.stop)
         self.reach("a coordinator starts")
         hold(found == self.now, f"after a restart there is {found}, but {self.now} was on the disk")
+        for situation in opened_again(state, self.operated):
+            self.reach(situation)
         self.ledger(store)
 
     def ledger(self, store: Store) -> None:

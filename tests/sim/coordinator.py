@@ -20,7 +20,7 @@ from potluck.coordinator.events import RunOpened
 from potluck.coordinator.hub import Hub, Item, Line
 from potluck.coordinator.planning import prospects
 from potluck.coordinator.state import Journal, Member, Rules, RunState, Uploaded
-from potluck.coordinator.turn import released
+from potluck.coordinator.turn import banned, released
 from potluck.coordinator.views import view_of
 from potluck.protocol import control_pb2 as pb
 from potluck.protocol.errors import StateError
@@ -68,18 +68,19 @@ class Views:
         self._state: RunState | None = None
         self._key: tuple[Any, ...] = ()
         self._coming: dict[str, int] = {}
-        self._views: dict[tuple[bool, int | None, int | None], pb.View] = {}
+        self._views: dict[tuple[bool, int | None, int | None, str], pb.View] = {}
 
     def of(self, rules: Rules, state: RunState, peer: str) -> pb.View:
         if state is not self._state:
             s = self._state = state
             self._coming = prospects(rules, state)
             guests = tuple((p, stage, s.members[p].addresses) for p, stage in sorted(self._coming.items()))
-            key = (s.plan, s.phase, s.note, s.until, s.end, s.closing, s.committed, s.publish, guests)
+            key = (s.plan, s.phase, s.note, s.paused, s.until, s.end, s.closing, s.committed, s.publish, guests)
             if key != self._key:
                 self._key, self._views = key, {}
         place = state.plan.places.get(peer) if state.plan and self._coming else None
-        which = released(state, peer), self._coming.get(peer), place and place[0]
+        drained = state.members[peer].drained
+        which = released(state, peer), self._coming.get(peer), place and place[0], drained
         if which not in self._views:
             self._views[which] = view_of(rules, state, peer)
         return self._views[which]
@@ -108,7 +109,7 @@ class NoBoard:
     def __init__(self, kernel: Kernel, began: float) -> None:
         self.clock = lambda: began + kernel.now
 
-    def heard(self, _: object) -> SimpleNamespace:
+    def heard(self, *_: object) -> SimpleNamespace:
         return SimpleNamespace(statements=[])
 
     def update(self, *_: object) -> None: ...
@@ -267,6 +268,11 @@ class Coordinator:
             await end.inbox._signal.wait(late - self.kernel.now)
         member = None if end.inbox.empty() else end.inbox.get_nowait()
         if not isinstance(member, Member):
+            end.close()
+            return
+        ban = hub.state.bans.get(member.peer)
+        if ban is not None and self.rng.random() < 0.5:  # else its hello came before the ban
+            end.send(pb.Down(refuse=pb.Refuse(code="banned", text=banned(ban))))
             end.close()
             return
         line = SimLine(member.peer, member.session, end, self.world)

@@ -28,7 +28,7 @@ from potluck.worker.sync import Synchronizer
 from . import fiber
 from .checks import hold
 from .links import Frame, Header
-from .weights import Content, Counters, State, samples
+from .weights import Content, Counters, State, begun, samples
 
 if TYPE_CHECKING:
     from .worker import Worker
@@ -232,7 +232,7 @@ class SimSynchronizer(Synchronizer):
         return state
 
     def capture(  # type: ignore[override]
-        self, stage: Any, steps_done: int, samples: int, fragments: Iterable[int], *, full: bool = False
+        self, stage: Any, steps_done: int, samples: int, fragments: Iterable[int], **_: bool
     ) -> Capture:
         point = SavePoint(
             kind="round",
@@ -361,7 +361,7 @@ class SimEngine(Engine):
             fiber.Executor(worker.kernel, worker.process, worker.bell) for _ in range(2)
         )
 
-    def _build(self, layers: tuple[int, int], device: str = "") -> Any:
+    def _build(self, layers: tuple[int, int], *_: object) -> Any:
         return SimStage(self.worker, *layers)
 
     def _take_seat(self, plan: Any, view: View) -> None:
@@ -391,6 +391,7 @@ def patched(world: World) -> Iterator[None]:
             (engine_module, "Synchronizer", SimSynchronizer),
             (engine_module, "apply", apply),
             (engine_module, "digest", lambda vector: vector.name),
+            (engine_module, "initial_state", lambda _run, _vocab, point, _base: begun(point)),
             (origin_module, "divided", divided),
             (pipeline_module, "time", clock),
             (publishing_module, "time", clock),

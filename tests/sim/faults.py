@@ -7,6 +7,8 @@ import sqlite3
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from potluck.coordinator.state import Action, Order
+
 from .kernel import Process, sleep
 from .net import COORDINATOR
 
@@ -45,11 +47,15 @@ class Faults:
             "slow disk": (20, self.slow_disk),
             "clock": (15, self.clock),
             "stop": (30, self.stop),
+            "pause run": (40, self.pause_run),
+            "drain": (40, lambda: self.order("drain", self.some().peer)),
+            "ban": (40, lambda: self.order("ban", self.some().peer)),
+            "checkpoint": (60, lambda: self.order("checkpoint")),
             "nap": (20, self.nap),
         }
         self.is_alone = rng.random() < 0.1  # only the coordinator fails: that costs nobody any work
         if self.is_alone:
-            kinds = {name: kinds[name] for name in ("crash", "crash at", "disk", "clock")}
+            kinds = {name: kinds[name] for name in ("crash", "crash at", "disk", "clock", "pause run", "checkpoint")}
         strength = rng.choice([0.5, 1.0, 2.0, 4.0])
         self.plan = {
             name: (rate * strength * rng.choice([0.3, 1.0, 3.0]), action)
@@ -215,6 +221,27 @@ class Faults:
         seconds = self.rng.choice([-HOUR, -30.0, -1.0, 1.0, 30.0, HOUR]) * self.rng.random()
         self.world.trace(COORDINATOR, f"its clock jumps by {seconds:.0f} s")
         self.world.coordinator.skew += seconds
+
+    def order(self, action: Action, peer: str = "") -> None:
+        """The operator's; now and then he insists."""
+        hub = self.world.coordinator.hub
+        if hub:
+            self.world.trace(COORDINATOR, f"the operator orders: {action} {peer}".rstrip())
+            hub.put(Order(action=action, peer=peer, why="a test", force=self.rng.random() < 0.3))
+
+    def pause_run(self) -> None:
+        """And on again, unless that is forgotten."""
+        self.order("pause")
+        if self.rng.random() < 0.9:
+            self.later(self.rng.choice([2.0, 20.0, 100.0]) * self.rng.random(), lambda: self.order("resume"))
+
+    def tidy(self) -> None:
+        """Once nothing goes wrong any more: a run that stood by the operator's will goes on, with everybody."""
+        state = self.world.coordinator.state
+        if state.paused is not None:
+            self.order("resume")
+        for peer in state.bans:
+            self.order("unban", peer)
 
     def nap(self) -> None:
         """The coordinator's machine sleeps."""

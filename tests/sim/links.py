@@ -38,13 +38,14 @@ class Frame:
 
     header: Header
     payload: tuple[Any, ...]
+    arrived: float = 0.0
 
 
 class SimMailbox(Mailbox):
     """The real one, but for how a thread waits."""
 
     def __init__(self, worker: Worker) -> None:
-        super().__init__()
+        super().__init__(lambda: worker.world.kernel.now)
         self.worker = worker
         self.waiting = 0  # of the computing thread and that of rounds
 

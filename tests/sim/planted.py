@@ -32,6 +32,7 @@ real_take, real_tell, real_step, real_said = Hub._take, Hub._tell, run.step, Tur
 real_round_done, real_store, real_plan = Turn.round_done, Store.__init__, planning.make_plan
 real_meta, real_step_done, real_go_on, real_begin = Store.meta, Turn.step_done, Losses.go_on_without, Machine.begin
 real_trained, real_backward, real_divided = Content.trained, Pipeline._backward, Content.divided
+real_grant, real_joined = Machine.grant, Turn.joined
 real_finish, real_is_committed = Engine._finish_pending, Engine._is_committed
 
 
@@ -218,6 +219,27 @@ def forgotten_division(state: RunState) -> None:
     """A restart forgets in what stages the last round is held since the layers were divided anew."""
 
 
+def led_on(self: Machine) -> None:
+    """A pause is forgotten when steps are leased."""
+    paused = self.state.paused
+    self.set(paused=None)
+    real_grant(self)
+    self.set(paused=paused)
+
+
+def forgotten_orders(state: RunState, store: Store) -> RunState:
+    """A restart forgets what the operator ordered."""
+    return state
+
+
+def let_in_again(self: Turn, member: Member) -> None:
+    """Who is banned may come back."""
+    bans = self.state.bans
+    self.set(bans={})
+    real_joined(self, member)
+    self.set(bans=bans)
+
+
 def plant(*where: tuple[Any, str, Any]) -> Callable[[], AbstractContextManager[Any]]:
     @contextmanager
     def planted() -> Iterator[None]:
@@ -253,5 +275,8 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "who is away has no deadline": plant((Turn, "give_up", waited_for_ever)),
     "a layer is taken twice": plant((Content, "divided", taken_twice)),
     "a restart forgets the division": plant((resume, "divided_of", forgotten_division)),
+    "a pause leases on": plant((Machine, "grant", led_on)),
+    "a restart forgets the operator's orders": plant((resume, "as_operated", forgotten_orders)),
+    "who is banned comes back": plant((Turn, "joined", let_in_again)),
     "reports are said only once": plant((Reports, "welcomed", said_once)),
 }

@@ -16,6 +16,7 @@ def same(one: RunState, other: RunState) -> bool:
             since=round(state.since, 4),
             last_join=round(state.last_join, 4),
             unaware={p: round(at, 4) for p, at in state.unaware.items()},
+            paused=state.paused and replace(state.paused, since=round(state.paused.since, 4)),
             held=state.held and round(state.held, 4),
             barred={p: replace(bar, until=round(bar.until, 4)) for p, bar in state.barred.items()},
             pace=replace(

@@ -12,7 +12,7 @@ from .planted import PLANTED
 from .pool import hunt, outcomes, replay, workers
 
 SEEDS = 1000
-MOST_TO_FIND = 100  # seeds for a planted bug
+MOST_TO_FIND = 200  # seeds for a planted bug
 REACHED = (  # situations without which the histories would prove little
     *("Uncommit", "RoundRefused", "RolledBack", "StoodStill", "Stopped", "Stopping", "HeldOut", "Published"),
     *("a report is taken twice", "a step_done of another generation", "a round_done of another generation"),
@@ -25,6 +25,8 @@ REACHED = (  # situations without which the histories would prove little
         "Moving",
         "Moved",
         "Redivided",
+        *("Paused", "Resumed", "Drained", "Banned", "Unbanned", "CheckpointAsked", "a pause stands", "a pause goes on"),
+        "a paused run is opened again",
     ),
 )
 

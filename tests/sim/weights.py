@@ -145,3 +145,8 @@ class SavePoints:
     def forget(self, before: int, but: int | None) -> None:
         for point in [p for p in self.memory if p.step < before and p.step != but]:
             del self.memory[point]
+
+
+def begun(point: SavePoint) -> State:
+    """What layers are before the first step."""
+    return State(point=point, content=Content.beginning(point.first_layer, point.last_layer))

@@ -177,6 +177,8 @@ class World:
 
         while True:
             await sleep(5.0)
+            if not self.faulty:
+                self.faults.tidy()
             for machine in self.machines.values():
                 if not machine.alive and (not self.faulty or self.rng.random() < self.eagerness):
                     machine.start()

@@ -26,7 +26,7 @@ def stock_model(config: RunConfig, manifest: Manifest) -> PreTrainedModel:
 def adamw(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
     c = config.optimizer
     return torch.optim.AdamW(
-        model.parameters(),
+        [p for p in model.parameters() if p.requires_grad],
         lr=c.lr,
         betas=(c.beta1, c.beta2),
         eps=c.eps,
@@ -58,7 +58,8 @@ def train_step(
         loss_sum += float(loss.detach())
         targets += int((targets_BT >= 0).sum())
     for p in model.parameters():
-        p.grad.div_(targets)
+        if p.requires_grad:
+            p.grad.div_(targets)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config.optimizer, config.steps, step)
     optimizer.step()

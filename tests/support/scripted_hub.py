@@ -9,7 +9,7 @@ from pathlib import Path
 from failing_disk import FailingDisk
 from manifests import MANIFEST
 
-from potluck.coordinator.board import Board
+from potluck.coordinator.dashboard.board import Board
 from potluck.coordinator.hub import Hub, Line
 from potluck.coordinator.service import open_run, rules_of
 from potluck.coordinator.state import Member, Uploaded

@@ -49,6 +49,7 @@ class MemoryLinks(Links):
     def __init__(self, peer: str, local: LocalRun, mailbox: Mailbox) -> None:
         self.peer, self.local, self.mailbox = peer, local, mailbox
         self.plan: Plan | None = None
+        self._told = {}
 
     def follow(self, plan: Plan) -> None:
         self.plan = plan
@@ -67,6 +68,7 @@ class MemoryLinks(Links):
             return
         if peer in self.local.workers:
             self.local.workers[peer].mailbox.put(Address.of(header, self.peer), frame)
+            self._arrived_there(frame)
 
     def take(self, wanted: Sequence[Address], attempt: int = 0) -> tuple[Address, Frame]:
         return self.mailbox.take(wanted, attempt, timeout_seconds=30.0)
@@ -112,7 +114,7 @@ class LocalWorker:
     def publish(self, step: int, stage: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
         plan = self.links.plan
         assert plan is not None
-        self.local.published.setdefault(step, {})[stage] = data
+        self.local.published.setdefault(step, {})[stage] = data[:]
         if len(self.local.published[step]) == len(plan.stages):
             self.local.put(state.Uploaded(step=step, path="memory"))
 
@@ -164,7 +166,7 @@ class LocalRun:
 
     def join(self, *peers: str) -> None:
         for peer in peers:
-            self.workers[peer] = LocalWorker(peer, self, self.home / peer)
+            self.workers[peer] = self.worker_class(peer, self, self.home / peer)
         for peer in peers:
             points = frozenset(self.workers[peer].points.points())
             self.put(state.Joined(member=state.Member(peer=peer, name=peer, memory_gb=64.0, savepoints=points)))

@@ -35,6 +35,23 @@ def test_no_process_holds_the_whole_model(tmp_path: Path) -> None:
     assert stage.own / 2 < stage.above < stage.own + largest + SLACK < stage.own + stored
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_base_in_4_bits_is_made_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's matrices are never there in fp32, nor in the checkpoint's dtype: one at a time is."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")  # what is freed is given back
+    model = ModelConfig(d_model=768, layers=12, heads=8, seq_len=64)
+    write_checkpoint(tmp_path / "hub", model, VOCAB, shard_nbytes=8 << 20)
+    (tmp_path / "data").mkdir()
+    job = Job(checkpoint=str(tmp_path / "hub"), data_dir=str(tmp_path / "data"), vocab_size=VOCAB, stages=1)
+    measured(job)
+    stage = measured(dataclasses.replace(job, stage=0, base="4bit"))
+    weights = sum(map(math.prod, tensors(model, VOCAB, 0, 12).values()))
+    assert stage.own < weights
+    largest = max(map(math.prod, tensors(model, VOCAB, 0, 12).values()))
+    assert stage.own / 2 < stage.above < stage.own + (4 + 2) * largest + 2 * SLACK < 2 * weights
+
+
 def test_what_is_written_is_a_checkpoint_of_the_shape(tmp_path: Path) -> None:
     model = ModelConfig(d_model=32, layers=2, heads=2, seq_len=16)
     write_checkpoint(tmp_path / "hub", model, 300, shard_nbytes=1 << 14)

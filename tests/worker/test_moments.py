@@ -9,7 +9,18 @@ import torch
 
 from potluck.protocol.config import OptimizerConfig
 from potluck.protocol.errors import ConfigError
-from potluck.worker.moments import BLOCK, Moments8, Moments32, code_map, dequantized, moments, quantized
+from potluck.worker.moments import (
+    BLOCK,
+    Coded,
+    Moments8,
+    Moments32,
+    code_map,
+    dense,
+    dequantized,
+    moments,
+    part_of,
+    quantized,
+)
 
 CPU = torch.device("cpu")
 N = 40 * BLOCK + 77  # the last block is short
@@ -64,13 +75,27 @@ class TestIn8Bits:
         p = torch.zeros(N)
         for update in range(1, 30):
             ours.step(p, spread(update), 0, rate=1e-3, update=update)
-            m, v = ours.vectors()
+            m, v = map(dense, ours.copies())
             assert float(v.min()) >= 0
             other = Moments8(OptimizerConfig(), N, CPU)
             other.load(m, v)
             for one, two, scale, same in zip(ours.codes, other.codes, ours.scales, other.scales, strict=True):
                 zero = (scale == 0).repeat_interleave(BLOCK)[:N]  # there, all codes say the same
                 assert torch.equal(one[~zero], two[~zero]) and torch.equal(scale, same)
+
+    def test_codes_are_kept_and_read_in_parts(self):
+        """Nothing has to be made fp32 as a whole: not for a copy, a file or a piece on its way."""
+        ours, other = Moments8(OptimizerConfig(), N, CPU), Moments8(OptimizerConfig(), N, CPU)
+        ours.step(torch.zeros(N), spread(1), 0, rate=1e-3, update=1)
+        m, v = ours.copies()
+        assert isinstance(m, Coded) and m.codes.dtype == torch.uint8 and m.codes.data_ptr() != ours.codes[0].data_ptr()
+        whole = dense(m)
+        assert whole.dtype == torch.float32 and whole.numel() == N
+        for start, end in ((0, 1), (255, 257), (BLOCK, 3 * BLOCK), (700, N), (N - 1, N)):
+            assert torch.equal(part_of(m, start, end), whole[start:end])
+        other.load(m, v)
+        for one, two in zip([*ours.codes, *ours.scales], [*other.codes, *other.scales], strict=True):
+            assert torch.equal(one, two)
 
     def test_parts_make_the_whole(self):
         """Wherever a tensor or a part of the vector ends."""
@@ -82,7 +107,7 @@ class TestIn8Bits:
             for start in range(0, N, 7 * BLOCK):
                 here = slice(start, start + 7 * BLOCK)
                 parts.step(q[here], grad[here], start, rate=1e-3, update=update)
-        assert torch.equal(p, q) and torch.equal(whole.vectors()[1], parts.vectors()[1])
+        assert torch.equal(p, q) and torch.equal(dense(whole.copies()[1]), dense(parts.copies()[1]))
 
     def test_updates_are_near_to_those_in_32_bits(self):
         c = OptimizerConfig(lr=1e-2, weight_decay=0.1)

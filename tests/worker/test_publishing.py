@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import torch
 
@@ -30,6 +31,9 @@ def test_training_goes_on_while_a_model_is_uploaded(local_run, make_config, monk
     ours.finish()
     assert set(ours.published) >= {4}
     assert all(torch.isfinite(t).all() for t in ours.weights().values())
+
+
+MADE = partial(publishing.packed, {"x": torch.ones(3)})
 
 
 class Refusing:
@@ -66,11 +70,11 @@ def test_an_upload_is_tried_again_until_another_generation_begins(monkeypatch):
     views = Views()
     views.put(plan_of(1))
     hq = Refusing(views)
-    publishing.upload(hq, views, 7, 0, 1, {"x": torch.ones(3)})
+    publishing.upload(hq, views, 7, 0, 1, MADE)
     assert hq.tries == 3
-    publishing.upload(hq, views, 7, 0, 1, {"x": torch.ones(3)})  # of a generation that is over: not even tried
-    publishing.upload(hq, views, 8, 0, 2, {"x": torch.ones(3)})  # of a step that nobody asked for
+    publishing.upload(hq, views, 7, 0, 1, MADE)  # of a generation that is over: not even tried
+    publishing.upload(hq, views, 8, 0, 2, MADE)  # of a step that nobody asked for
     assert hq.tries == 3
     views.close()
-    publishing.upload(hq, views, 7, 0, 2, {"x": torch.ones(3)})
+    publishing.upload(hq, views, 7, 0, 2, MADE)
     assert hq.tries == 3

@@ -13,6 +13,7 @@ from potluck.protocol.errors import DivergedError
 from potluck.protocol.frames import Frame, Kind
 from potluck.protocol.plan import SavePoint
 from potluck.worker.checkpoint import check
+from potluck.worker.moments import Coded
 from potluck.worker.stage import State, digest
 
 
@@ -206,6 +207,11 @@ def test_a_state_is_checked_before_it_is_used(name, why):
     point = SavePoint(kind="round", generation=1, step=2, first_layer=0, last_layer=1, digest=digest(vectors["g"]))
     good = State(point=point, updates=2, **vectors)
     check(good, 10)
+    coded = Coded(torch.zeros(10, dtype=torch.uint8), torch.ones(1), signed=True)
+    check(replace(good, m=coded), 10)
+    for scale in (torch.ones(2), -torch.ones(1), torch.full((1,), torch.nan)):
+        with pytest.raises(ValueError, match="moments"):
+            check(replace(good, m=replace(coded, scales=scale)), 10)
     wrong = {"v": -torch.ones(10), "g": torch.zeros(10), "m": torch.full((10,), torch.inf), "unsent": torch.ones(11)}
     with pytest.raises(ValueError, match=why):
         check(replace(good, **{name: wrong[name]}), 10)

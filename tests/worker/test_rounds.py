@@ -197,6 +197,21 @@ def test_nothing_learned_is_lost(make_crew, sync):
     torch.testing.assert_close(have, total, rtol=0, atol=2e-6)
 
 
+def test_what_is_kept_of_a_round_in_bf16_is_what_trains_on(make_config):
+    """Who goes back to it goes on like those who did not have to."""
+    model = {"layers": 1, "d_model": 16, "heads": 2, "rotary_dim": 8, "dtype": "bf16"}
+    crew = Crew(make_config(sync={"preset": "potluck"}, model=model, pipeline={"stages": 1}), 2)
+    crew.drift(1e-2)
+    outcomes = crew.exchange([1, 1])
+    for stage, outcome in zip(crew.stages, outcomes, strict=True):
+        apply(stage, outcome, late=False)
+        kept = outcome.state.x
+        assert kept is not None and kept.dtype == torch.bfloat16 and not torch.equal(kept, outcome.state.g.bfloat16())
+        assert torch.equal(stage.x, kept)
+        stage.load(outcome.state)
+        assert torch.equal(stage.x, kept)
+
+
 def test_explicit_feedback_keeps_a_decayed_buffer_and_returns_the_weights(make_crew):
     """SparseLoCo's rule, written out for one replica against what it really sent."""
     crew = make_crew(2, preset="sparseloco", chunk=512, outer_lr=1.0)

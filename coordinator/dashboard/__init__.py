@@ -1,0 +1,1 @@
+"""What people look at: the page, its data, and what is folded for it from the run's records."""
