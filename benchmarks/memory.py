@@ -20,6 +20,7 @@ STEPS = 100
 GPTJ = {"d_model": 512, "heads": 8, "layers": 12, "seq_len": 512}
 LLAMA = {"architecture": "llama", "d_model": 512, "heads": 8, "kv_heads": 2, "layers": 12, "seq_len": 512}
 LEAN = {"dtype": "bf16", "bits": 8}
+MIXED = {"dtype": "mixed", "bits": 8}
 NF4 = {"dtype": "bf16", "lora": "4bit"}  # of adapters of rank 16 at all matrices: what their base is held in
 WIDE = {"d_model": 2048, "heads": 16, "layers": 12, "seq_len": 256}
 # model, vocabulary, layers, microbatch size, and what differs from fp32, 32 bits, recompute
@@ -28,6 +29,7 @@ CASES: list[tuple[dict[str, Any], int, tuple[int, int], int, dict[str, Any]]] = 
     (GPTJ, 8000, (4, 8), 2, {"bits": 8}),
     (GPTJ, 8000, (4, 8), 2, {"dtype": "bf16"}),
     (GPTJ, 8000, (4, 8), 2, LEAN),
+    (GPTJ, 8000, (4, 8), 2, MIXED),
     (GPTJ, 8000, (4, 8), 2, {"recompute": False}),
     (GPTJ, 8000, (4, 8), 2, {"sync": "diloco"}),
     (GPTJ, 8000, (4, 8), 2, {"sync": "sparseloco", **LEAN}),
@@ -36,6 +38,7 @@ CASES: list[tuple[dict[str, Any], int, tuple[int, int], int, dict[str, Any]]] = 
     (GPTJ, 50400, (0, 2), 4, LEAN),
     (LLAMA, 8000, (4, 9), 4, {}),
     (LLAMA, 8000, (4, 9), 4, LEAN),
+    (LLAMA, 32000, (8, 12), 4, MIXED),
     (LLAMA, 32000, (8, 12), 4, {"recompute": False, **LEAN}),
     (LLAMA, 32000, (0, 5), 4, {}),
     (GPTJ, 8000, (4, 8), 2, {"lora": "4bit"}),

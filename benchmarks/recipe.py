@@ -39,6 +39,7 @@ from potluck.protocol.config import (
     RunConfig,
     dump,
 )
+from potluck.protocol.model_config import Precision
 from potluck.screen import Screen
 
 from . import pretrained, recipe_data, recipe_report, recipe_scores
@@ -56,6 +57,7 @@ class Sizes:
     steps: int
     lr: float
     warmup: int
+    dtype: Precision = "fp32"
     bits: Literal[8, 32] = 32  # of the optimizer's moments
     examples: int = recipe_scores.EXAMPLES
 
@@ -66,7 +68,7 @@ class Sizes:
 
 
 OWN = Sizes(samples=4, steps=400, lr=1e-3, warmup=20)
-CHECKPOINT = Sizes(samples=2, steps=60, lr=3e-4, warmup=8, bits=8, examples=64)
+CHECKPOINT = Sizes(samples=8, steps=60, lr=2e-4, warmup=8, dtype="mixed", bits=8, examples=64)
 
 
 def config(name: str, corpus: Path, sizes: Sizes, *, seed: int, init: Path | None = None) -> RunConfig:
@@ -75,7 +77,7 @@ def config(name: str, corpus: Path, sizes: Sizes, *, seed: int, init: Path | Non
         name=name,
         seed=seed,
         steps=sizes.steps,
-        model=ModelConfig(init=str(init.absolute()), seq_len=recipe_data.SEQ_LEN) if init else SHAPE,
+        model=ModelConfig(init=str(init.absolute()), seq_len=recipe_data.SEQ_LEN, dtype=sizes.dtype) if init else SHAPE,
         data=DataConfig(source=str(corpus.absolute())),
         pipeline=PipelineConfig(stages=2, microbatch_size=sizes.samples, microbatches=2, recompute=False),
         optimizer=OptimizerConfig(lr=sizes.lr, warmup_steps=sizes.warmup, schedule="cosine", bits=sizes.bits),

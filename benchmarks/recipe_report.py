@@ -92,7 +92,7 @@ def checkpoint(found: dict[str, Any]) -> str:
     sources = " and ".join(f"{share:.0%} {name}" for name, share in MIX.items())
     intro = filled(
         f"The same from {c['model']}, a Llama of 30 layers and 135 M parameters that was pretrained causally. All of",
-        "its weights are trained, with moments in 8 bits.",
+        f"its weights are trained, `model.dtype` {c.get('dtype', 'fp32')}, with moments in 8 bits.",
     )
     about = filled(
         f"**Conditions.** `python -m benchmarks.recipe --checkpoint --steps {c['steps']} --seeds {c['seeds']}`: the",

@@ -39,14 +39,14 @@ from .addresses import is_local
 from .assignment import StageNeed
 from .card import Facts, gathered
 from .dashboard import server as web
-from .dashboard.actions import OPERATIONS, Desk
+from .dashboard.actions import Desk
 from .dashboard.board import Board
+from .dashboard.manual import SERVED
 from .doors import Doors
 from .evaluations import Evaluations, recorded
 from .events import RunOpened
 from .hub import Hub
 from .observe import sinks
-from .observe.metrics import OPERATION
 from .observe.metrics import route as metrics_route
 from .observe.watch import Watch
 from .publish import Publisher
@@ -279,7 +279,7 @@ def page_of(board: Board, hub: Hub, begun: asyncio.Event, routes: Sequence[BaseR
     def ready() -> str | None:
         return refusing(hub) or (None if begun.is_set() else "The run is being opened")
 
-    return web.app(board, ready=ready, routes=routes, operations=[*OPERATIONS, OPERATION])
+    return web.app(board, ready=ready, routes=routes, operations=SERVED)
 
 
 def refusing(hub: Hub) -> str | None:

@@ -16,10 +16,12 @@ from msgspec.structs import replace
 
 from . import architecture
 from .config import RunConfig
-from .model_config import LoraConfig
+from .model_config import LoraConfig, Precision
 from .plan import Shape
 
-NBYTES = {"fp32": 4, "bf16": 2}
+WEIGHT_NBYTES = {"fp32": 4, "mixed": 4 + 2, "bf16": 2}  # one that trains; mixed: and what the blocks compute with
+STATE_NBYTES = {"fp32": 4, "mixed": 4, "bf16": 2}  # the same in a state
+NBYTES = {"fp32": 4, "mixed": 2, "bf16": 2}  # a number in the arithmetic, and a gradient
 BASE_NBYTES = {"fp32": 4.0, "bf16": 2.0, "4bit": 0.5 + 4 / 64}  # a weight of a frozen matrix: worker/nf4.py
 LOGITS_NBYTES = 64 << 20  # of fp32 logits, above which the loss is made of parts of the positions (worker/head_loss.py)
 LOGITS_PART_NBYTES = 32 << 20
@@ -83,7 +85,7 @@ class Choice(NamedTuple):
     """What decides about memory in ``run.yaml``: ``model.dtype``, ``optimizer.bits``, ``pipeline.recompute``, and what
     the base is held in where only adapters train (``model.train``, ``model.lora.base``); empty: all weights train."""
 
-    dtype: Literal["fp32", "bf16"]
+    dtype: Precision
     bits: Literal[8, 32]
     recompute: bool
     base: Literal["", "4bit", "bf16", "fp32"] = ""
@@ -109,7 +111,7 @@ class Choice(NamedTuple):
         )
 
 
-CHOICES = tuple(Choice(d, b, r) for d in ("fp32", "bf16") for b in (32, 8) for r in (False, True))
+CHOICES = tuple(Choice(d, b, r) for d in ("fp32", "mixed", "bf16") for b in (32, 8) for r in (False, True))
 LORA_CHOICES = tuple(Choice("bf16", 32, r, base) for base in ("bf16", "4bit") for r in (False, True))
 
 
@@ -132,7 +134,7 @@ def footprint(
     return Footprint(
         parameters=n,
         base=base_nbytes(config, vocab_size, first, last),
-        weights=n * e,
+        weights=n * WEIGHT_NBYTES[model.dtype],
         gradients=n * e,
         moments=n * (8 if config.optimizer.bits == 32 else MOMENTS_8BIT),
         reference=4 * n,
@@ -201,7 +203,7 @@ def _rounds(config: RunConfig, n: int) -> float:
     one a reference of its own. What an owner of half of the weights owes, now and before. Of the weights that are moved
     at a time, what is left of them, what is decided, by how much they move, and parts of that. What a round that sends
     everything sends, and the last rounds as they were sent."""
-    sync, e = config.sync.resolved(), NBYTES[config.model.dtype]
+    sync, e = config.sync.resolved(), STATE_NBYTES[config.model.dtype]
     moments = 8 if config.optimizer.bits == 32 else MOMENTS_8BIT
     is_lossy = min(sync.density, sync.topk) < 1 or sync.bits < 32
     vectors = 1 + is_lossy + 4 / sync.fragments + 1

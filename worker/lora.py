@@ -17,6 +17,7 @@ from ..protocol.config import ModelConfig
 from . import nf4
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ARITHMETIC = {**DTYPES, "mixed": torch.bfloat16}  # of the blocks, by model.dtype
 
 
 class Fill(Protocol):
@@ -91,7 +92,7 @@ class Adapted(nn.Module):
 def freeze(module: nn.Module, model: ModelConfig, make: Fill, device: torch.device) -> None:
     """Makes a module that was built on the meta device real, tensor by tensor: frozen on ``device``, the blocks'
     matrices as ``model.lora.base`` says and with adapters. ``model`` is resolved."""
-    dtype = DTYPES[model.dtype]
+    dtype = ARITHMETIC[model.dtype]
 
     def frozen(name: str, like: Tensor) -> nn.Parameter:
         values = torch.empty(like.shape, dtype=dtype)

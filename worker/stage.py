@@ -21,13 +21,13 @@ from ..protocol.footprint import recomputes
 from ..protocol.plan import SavePoint, Shape
 from ..protocol.schedule import draw
 from .initial import initial
+from .lora import ARITHMETIC
 from .model import StageModule
 from .moments import Moment, Moments32, moments
 from .rounding import round_into
 from .shards import layout
 from .weights import Beginning
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PART = {
     "cpu": 1 << 20,
     "cuda": 1 << 22,
@@ -100,7 +100,9 @@ class Stage:
     """Layers [first, last) of a run on one device, ready to train.
 
     Parameters that are trained are views into ``x`` and their gradients views into ``grad``, both of ``model.dtype``,
-    so that a round sees one vector. With one replica, fp32 and a round every step this is plain AdamW.
+    so that a round sees one vector. With one replica, fp32 and a round every step this is plain AdamW. If the dtype is
+    mixed, ``x`` is fp32, and the parameters are views into ``low``, which is the nearest bf16 (master weights:
+    Micikevicius et al., arXiv 1710.03740).
     """
 
     def __init__(
@@ -118,7 +120,10 @@ class Stage:
         self.module.recomputes = recomputes(config, vocab_size, first, last, self.device.type)
         parameters = [p for _, p in self.module.trained()]
         n = sum(p.numel() for p in parameters)
-        self.x, self.grad = (torch.zeros(n, dtype=DTYPES[config.model.dtype], device=self.device) for _ in range(2))
+        dtype, is_mixed = ARITHMETIC[config.model.dtype], config.model.dtype == "mixed"
+        self.x = torch.zeros(n, dtype=torch.float32 if is_mixed else dtype, device=self.device)
+        self.low = torch.zeros(n, dtype=dtype, device=self.device) if is_mixed else None
+        self.grad = torch.zeros(n, dtype=dtype, device=self.device)
         self.g = torch.empty(n)
         self.moments = moments(config.optimizer, n, self.device)
         self.momentum: Tensor | None = None
@@ -129,8 +134,9 @@ class Stage:
         for p in parameters:
             window = slice(start, start + p.numel())
             self.g[window] = p.detach().flatten()
-            self.x[window] = self.g[window]
-            p.data = self.x[window].view(p.shape)
+            for held in (self.x, self._used):
+                held[window] = self.g[window]
+            p.data = self._used[window].view(p.shape)
             p.grad = self.grad[window].view(p.shape)
             start += p.numel()
         self.place_in_model = Shape.of(config.model, vocab_size).start(first)  # of the first weight in the model
@@ -154,6 +160,11 @@ class Stage:
             }
             start += p.numel()
         return optimizer
+
+    @property
+    def _used(self) -> Tensor:
+        """What the blocks compute with."""
+        return self.x if self.low is None else self.low
 
     @property
     def size(self) -> int:
@@ -192,14 +203,14 @@ class Stage:
 
     @contextlib.contextmanager
     def at_reference(self) -> Iterator[None]:
-        """Between updates: the weights are the reference, for as long as it takes. The cleared gradient's memory holds
-        those that train meanwhile."""
-        self.grad.copy_(self.x)
-        self.x.copy_(self.g)
+        """Between updates: the blocks compute with the reference, for as long as it takes. The cleared gradient's
+        memory holds what they computed with."""
+        self.grad.copy_(self._used)
+        self._used.copy_(self.g)
         try:
             yield
         finally:
-            self.x.copy_(self.grad)
+            self._used.copy_(self.grad)
             self.grad.zero_()
 
     def _parts(self, size: int | None = None) -> Iterator[slice]:
@@ -212,6 +223,8 @@ class Stage:
         """Writes fp32 weights to ``x``; as bf16 by a chance that the step, what is done in it, and the place decide."""
         key = draw(self.config.seed, "rounding", what, self.steps)
         round_into(self.x[here], weights, key, self.place_in_model + here.start)
+        if self.low is not None:
+            self.low[here] = weights
 
     def state(self, point: SavePoint, *, pending: int = 0) -> State:
         """A copy of everything, named by ``point``."""
@@ -232,6 +245,8 @@ class Stage:
         """Takes over a state made for the same layers."""
         self.g = state.g
         self.x.copy_(state.g if state.x is None else state.x)
+        if self.low is not None:
+            self.low.copy_(self.x)
         self.moments.load(state.m, state.v)
         self.momentum = None if state.momentum is None else state.momentum.clone()
         self.unsent = None if state.unsent is None else state.unsent.clone()

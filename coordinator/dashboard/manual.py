@@ -12,7 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from msgspec import Struct
 
+from ..observe.metrics import OPERATION
 from . import openapi
+from .actions import OPERATIONS
 from .endpoints import TABLE, Endpoint
 from .openapi import Operation
 
@@ -55,7 +57,10 @@ always `version` and `now`, never `peers` and `events` |
 """
 
 
-def manual(operations: Sequence[Operation] = ()) -> str:
+SERVED: tuple[Operation, ...] = (*OPERATIONS, OPERATION)  # beside the questions, by a run that goes on
+
+
+def manual(operations: Sequence[Operation] = SERVED) -> str:
     parts = [INTRO.format(about=openapi.ABOUT), "## Questions\n", *map(_endpoint, TABLE), STREAM, "## Others\n"]
     parts += [_operation(other) for other in (*openapi.OWN, *operations) if other is not openapi.STREAM]
     kinds = _kinds([*(endpoint.answer for endpoint in TABLE), *_answers((*openapi.OWN, *operations))])
@@ -83,7 +88,10 @@ def _operation(other: Operation) -> str:
         lines += ["| parameter | where | what |", "| --- | --- | --- |"]
         lines += [f"| `{name}` | {place} | {text} |" for name, place, text in other.parameters] + [""]
     lines += ["| status | meaning | answer |", "| --- | --- | --- |"]
-    lines += [f"| {status} | {text} | {_named(kind)} |" for status, (text, kind) in other.responses.items()] + [""]
+    for status, (text, kind) in other.responses.items():
+        said = getattr(other, "media", "") if kind is None else _named(kind)
+        lines.append(f"| {status} | {text} | {said} |")
+    lines.append("")
     return "\n".join(lines)
 
 
@@ -126,7 +134,7 @@ def _named(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Struct):
         return f"[{kind.__name__}](#{kind.__name__.lower()})"
     words = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
-    return words.get(kind, "text/event-stream" if kind is None else "object")
+    return words.get(kind, "object")
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""bf16 weights: rounding by chance is unbiased, the same everywhere, and trains where rounding to nearest stalls."""
+"""bf16: rounding by chance is unbiased, the same everywhere, and trains where rounding to nearest stalls; so do fp32
+weights beside it."""
 
 from __future__ import annotations
 
@@ -7,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import GPTJForCausalLM
 
 from potluck.protocol.plan import SavePoint
 from potluck.worker import rounding
 from potluck.worker.checkpoint import SavePoints
+from potluck.worker.model import hf_config
 from potluck.worker.moments import Coded, dense
 from potluck.worker.rounding import noise, round_by_chance
 from potluck.worker.stage import Stage, State
@@ -102,11 +105,12 @@ def test_bf16_trains_as_fp32_where_nearest_stalls(make_config, monkeypatch, bits
     def config(dtype):
         return make_config(200, model={**model, "dtype": dtype}, optimizer=settings, pipeline={"stages": 1})
 
-    exact, ours = trained(config("fp32"), 200), trained(config("bf16"), 200)
+    exact, ours, mixed = (trained(config(dtype), 200) for dtype in ("fp32", "bf16", "mixed"))
     nearest = trained(config("bf16"), 200, nearest=True, monkeypatch=monkeypatch)
     start = np.log(300)
     assert start - exact > 0.3
     assert start - ours > 0.9 * (start - exact)
+    assert start - mixed > 0.95 * (start - exact)
     assert start - nearest < 0.75 * (start - exact)
 
 
@@ -114,7 +118,7 @@ def vectors(state: State) -> list[torch.Tensor]:
     return [state.g, state.x, dense(state.m), dense(state.v)]
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [("bf16", 32), ("fp32", 8), ("bf16", 8)])
+@pytest.mark.parametrize(("dtype", "bits"), [("bf16", 32), ("fp32", 8), ("bf16", 8), ("mixed", 32), ("mixed", 8)])
 def test_a_resumed_stage_goes_on_bit_for_bit(make_config, tmp_path, dtype, bits):
     """From a file."""
     if bits == 8:
@@ -181,10 +185,67 @@ def test_a_round_is_rounded_by_chance_too(make_config):
         assert abs(float((stage.x.double() - before).mean()) / by - 1) < 0.1
 
 
-def test_evaluation_gives_the_weights_back(make_config):
-    stage = Stage(make_config(20, model={"dtype": "bf16"}, pipeline={"stages": 1}), 300, 1, 3)
+@pytest.mark.parametrize("dtype", ["bf16", "mixed"])
+def test_evaluation_gives_the_weights_back(make_config, dtype):
+    stage = Stage(make_config(20, model={"dtype": dtype}, pipeline={"stages": 1}), 300, 1, 3)
     stage.shift(0, torch.full((stage.size,), 0.01))
-    before = stage.x.clone()
+    before, used = stage.x.clone(), parameters(stage)
     with stage.at_reference():
-        assert torch.equal(stage.x, stage.g.bfloat16())
-    assert torch.equal(stage.x, before) and not stage.grad.any()
+        assert torch.equal(parameters(stage), stage.g.bfloat16())
+    assert torch.equal(stage.x, before) and torch.equal(parameters(stage), used) and not stage.grad.any()
+
+
+def parameters(stage: Stage) -> torch.Tensor:
+    """What the blocks compute with."""
+    return torch.cat([p.detach().flatten() for _, p in stage.module.trained()])
+
+
+def test_mixed_keeps_the_weights_in_fp32_and_computes_with_the_nearest_of_bf16(make_config):
+    """After an update, a round, one that is late, and from a state."""
+    config = make_config(20, model={"dtype": "mixed"}, pipeline={"stages": 1})
+    stage, other = Stage(config, 300, 1, 3), Stage(config, 300, 1, 3)
+    seen = [stage.x.clone()]
+
+    def check(stage: Stage) -> None:
+        assert stage.x.dtype == torch.float32 and stage.grad.dtype == torch.bfloat16
+        assert torch.equal(parameters(stage), stage.x.bfloat16())
+        assert not any(torch.equal(stage.x, before) for before in seen)
+        seen.append(stage.x.clone())
+
+    stage.grad.copy_(torch.randn(stage.size))
+    stage.update(1)
+    check(stage)
+    stage.place(stage.x + 1e-6)
+    check(stage)
+    stage.shift(5, torch.full((stage.size - 5,), 1e-6))
+    check(stage)
+    other.load(stage.state(SavePoint(kind="step", generation=1, step=1, first_layer=1, last_layer=3)))
+    assert torch.equal(other.x, stage.x) and torch.equal(parameters(other), parameters(stage))
+
+
+def test_mixed_is_the_plain_loop_with_master_weights(make_config):
+    """A stock GPT-J in bf16 whose gradients AdamW puts into fp32 weights."""
+    config = make_config(4, model={"dtype": "mixed"}, pipeline={"stages": 1}, optimizer={"warmup_steps": 0})
+    stage = Stage(config, 300, 0, config.model.layers)
+    stock = GPTJForCausalLM(hf_config(config.model, 300)).bfloat16()
+    stock.load_state_dict(stage.module.state_dict())
+    masters = [p.detach().float() for p in stage.named(stage.x).values()]
+    assert [name for name, _ in stock.named_parameters()] == list(stage.named(stage.x))
+    c = config.optimizer
+    adamw = torch.optim.AdamW(
+        masters, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=c.weight_decay, fused=True
+    )
+    for number in range(4):
+        ids_BT = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(number))
+        stage.module.loss_sum(stage.module(ids_BT), ids_BT.roll(-1, 1)).backward()
+        stage.update(ids_BT.numel())
+        logits = stock(ids_BT).logits.float()
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids_BT.roll(-1, 1).flatten(), reduction="sum"
+        ).backward()
+        for master, p in zip(masters, stock.parameters(), strict=True):
+            master.grad, p.grad = p.grad.float() / ids_BT.numel(), None
+        adamw.step()
+        for master, p in zip(masters, stock.parameters(), strict=True):
+            p.data.copy_(master)
+        assert torch.equal(torch.cat([m.flatten() for m in masters]), stage.x), number

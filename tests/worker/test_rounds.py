@@ -197,16 +197,17 @@ def test_nothing_learned_is_lost(make_crew, sync):
     torch.testing.assert_close(have, total, rtol=0, atol=2e-6)
 
 
-def test_what_is_kept_of_a_round_in_bf16_is_what_trains_on(make_config):
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("mixed", torch.float32)])
+def test_what_is_kept_of_a_round_is_what_trains_on(make_config, name, dtype):
     """Who goes back to it goes on like those who did not have to."""
-    model = {"layers": 1, "d_model": 16, "heads": 2, "rotary_dim": 8, "dtype": "bf16"}
+    model = {"layers": 1, "d_model": 16, "heads": 2, "rotary_dim": 8, "dtype": name}
     crew = Crew(make_config(sync={"preset": "potluck"}, model=model, pipeline={"stages": 1}), 2)
     crew.drift(1e-2)
     outcomes = crew.exchange([1, 1])
     for stage, outcome in zip(crew.stages, outcomes, strict=True):
         apply(stage, outcome, late=False)
         kept = outcome.state.x
-        assert kept is not None and kept.dtype == torch.bfloat16 and not torch.equal(kept, outcome.state.g.bfloat16())
+        assert kept is not None and kept.dtype == dtype and not torch.equal(kept, outcome.state.g.to(dtype))
         assert torch.equal(stage.x, kept)
         stage.load(outcome.state)
         assert torch.equal(stage.x, kept)

@@ -34,6 +34,7 @@ class Extra(NamedTuple):
 
 def test_the_page_in_docs_is_current() -> None:
     written = manual.FILE.read_text(encoding="utf-8")
+    assert "### `POST /api/actions/{name}`" in written and "### `GET /metrics`" in written
     assert written == manual.manual(), "run: python -m potluck.coordinator.dashboard.manual"
 
 
