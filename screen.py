@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .protocol.footprint import CARDS, CHOICES, LORA_CHOICES, Choice, fits, footprints
+from .protocol.footprint import CARDS, CHOICES, LORA_CHOICES, Choice, Footprint, fits, footprints
 from .protocol.plan import Shape
 
 if TYPE_CHECKING:
@@ -160,39 +160,47 @@ def show_estimate(config: RunConfig, found: Estimate, line: Line) -> None:
 
 
 def show_memory(config: RunConfig, vocab_size: int, stages: int) -> None:
-    """A table: what each stage takes with each choice, and the smallest usual GPU that holds it."""
+    """Tables: what each stage takes, and what the largest one takes with other choices."""
     console = Console()
     layers = Shape.of(config.model, vocab_size).split(stages)
     own, choices = Choice.of(config), list(CHOICES)
     if config.model.init:  # a base that adapters could be trained beside
         choices += LORA_CHOICES
-    if own not in choices:
-        choices.append(own)
     model, size = config.model, config.pipeline.microbatch_size
-    title = f"memory of a stage in GB (10^9 bytes), {stages} stages, microbatches of {size} x {model.seq_len}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("train", "dtype", "bits", "again", "stage", "layers", "GPU", "beside", "CPU only", "card"):
-        table.add_column(name, justify="right")
-    for choice in choices:
+    stage_table = Table(title="memory of a stage in GB (10^9 bytes)", title_justify="left", title_style="bold")
+    other_table = Table(
+        title="the stage that takes the most, with each choice", title_justify="left", title_style="bold"
+    )
+    for name in ("stage", "layers"):
+        stage_table.add_column(name, justify="right")
+    for name in ("train", "dtype", "bits", "recompute"):
+        other_table.add_column(name, justify="right")
+    for name in ("GPU", "beside", "CPU only", "card"):
+        stage_table.add_column(name, justify="right")
+        other_table.add_column(name, justify="right")
+
+    def sizes(choice: Choice) -> list[tuple[Footprint, Footprint]]:
         on_gpus, on_cpus = (footprints(choice.within(config), vocab_size, layers, d) for d in ("cuda", "cpu"))
-        style = "bold" if choice == own else ""
-        for i, (gpu, cpu) in enumerate(zip(on_gpus, on_cpus, strict=True)):
-            if i and (gpu.on_gpu, cpu.on_cpu) == (on_gpus[i - 1].on_gpu, on_cpus[i - 1].on_cpu):
-                continue
-            card = next((f"{card} GB" for card in CARDS if fits(gpu, card)), "-")
-            table.add_row(
-                *(f"lora, {choice.base}" if choice.base else "full", choice.dtype, str(choice.bits)),
-                *("yes" if choice.recompute else "no", str(i + 1)),
-                f"{layers[i][0]}-{layers[i][1] - 1}",
-                *(f"{nbytes / 1e9:,.2f}" for nbytes in (gpu.on_gpu, gpu.beside_gpu, cpu.on_cpu)),
-                card,
-                style=style,
-            )
-    console.print(table)
+        return list(zip(on_gpus, on_cpus, strict=True))
+
+    def cells(gpu: Footprint, cpu: Footprint) -> list[str]:
+        card = next((f"{card} GB" for card in CARDS if fits(gpu, card)), "-")
+        return [*(f"{nbytes / 1e9:,.2f}" for nbytes in (gpu.on_gpu, gpu.beside_gpu, cpu.on_cpu)), card]
+
+    for i, both in enumerate(sizes(own)):
+        stage_table.add_row(str(i + 1), f"{layers[i][0]}-{layers[i][1] - 1}", *cells(*both))
+    for choice in choices if own in choices else [*choices, own]:
+        other_table.add_row(
+            *(f"lora, {choice.base}" if choice.base else "full", choice.dtype, str(choice.bits)),
+            "yes" if choice.recompute else "no",
+            *cells(*max(sizes(choice), key=lambda both: both[0].on_gpu)),
+            style="bold" if choice == own else "",
+        )
+    console.print(stage_table)
+    console.print(other_table)
     console.print(
-        "Bold: as run.yaml has it (model.train with model.lora.base, model.dtype, optimizer.bits; again:"
-        " pipeline.recompute). Beside: in the machine's"
-        " memory while a round is on its way. Card: the smallest that holds it. A stage that is left out takes what"
-        " the one before it does.",
+        "Bold: as run.yaml has it (model.train with model.lora.base, model.dtype, optimizer.bits, pipeline.recompute)."
+        " Beside: in the machine's memory while a round is on its way. Card: the smallest that holds it."
+        f" Microbatches are of {size} x {model.seq_len}, as many under way as pipeline.in_flight_gb allows.",
         highlight=False,
     )
