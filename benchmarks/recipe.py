@@ -68,7 +68,7 @@ class Sizes:
 
 
 OWN = Sizes(samples=4, steps=400, lr=1e-3, warmup=20)
-CHECKPOINT = Sizes(samples=8, steps=60, lr=2e-4, warmup=8, dtype="mixed", bits=8, examples=64)
+CHECKPOINT = Sizes(samples=8, steps=60, lr=4e-4, warmup=8, dtype="mixed", bits=8, examples=64)
 
 
 def config(name: str, corpus: Path, sizes: Sizes, *, seed: int, init: Path | None = None) -> RunConfig:
