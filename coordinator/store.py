@@ -54,7 +54,7 @@ CREATE TABLE IF NOT EXISTS peer_keys (key INTEGER PRIMARY KEY, peer TEXT NOT NUL
 CREATE TABLE IF NOT EXISTS peer_series (
     slot INTEGER NOT NULL, peer INTEGER NOT NULL, time REAL NOT NULL, samples INTEGER NOT NULL,
     computed REAL NOT NULL, sent INTEGER NOT NULL, received INTEGER NOT NULL, compute_seconds REAL NOT NULL,
-    wait_seconds REAL NOT NULL, pace REAL, generation INTEGER NOT NULL, step INTEGER NOT NULL,
+    wait_seconds REAL NOT NULL, pace REAL, per_step REAL, generation INTEGER NOT NULL, step INTEGER NOT NULL,
     committed INTEGER NOT NULL, work REAL NOT NULL, rounds INTEGER NOT NULL, decided REAL NOT NULL,
     PRIMARY KEY (slot, peer)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS peer_series_by_peer ON peer_series (peer, slot);
@@ -76,7 +76,11 @@ CREATE TABLE IF NOT EXISTS links (
     PRIMARY KEY (way, span, time)) WITHOUT ROWID;
 """
 # Columns that files of earlier versions lack, and what fills them: run before the indices that name them.
-ADDED = (("events", "step", "INTEGER", None), ("events", "peer", "TEXT", "json_extract(data, '$.peer')"))
+ADDED = (
+    ("events", "step", "INTEGER", None),
+    ("events", "peer", "TEXT", "json_extract(data, '$.peer')"),
+    ("peer_series", "per_step", "REAL", None),
+)
 NAMED = """
 INSERT OR IGNORE INTO peers
     SELECT peer, json_extract(data, '$.name'), json_extract(data, '$.device'), MIN(time), MAX(time)

@@ -32,7 +32,7 @@ from .status import Answer, Ask
 from .switch import Hold, Switch
 
 log = logging.getLogger(__name__)
-GRACE_SECONDS = 1.0  # that a pause waits for the worker to leave in order, before it leaves at once
+GRACE_SECONDS = 0.5  # that a pause waits for the worker to leave in order, before it leaves at once
 LONG_GRACE_SECONDS = 120.0  # the same where nobody waits for the machine
 AGAIN_SECONDS = 5.0  # between two tries to join again
 

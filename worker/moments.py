@@ -12,7 +12,6 @@ code; its own quantization on a CPU gives 1 in 10,000 the one beside it.
 from __future__ import annotations
 
 import functools
-import importlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from torch.optim.adamw import adamw
 
 from ..protocol.config import OptimizerConfig
 from ..protocol.errors import ConfigError
+from . import bnb
 
 BLOCK = 256  # moments that have one scale; the one that bitsandbytes updates in
 _PART = 1 << 20  # moments at a time, where a copy is needed
@@ -199,7 +199,7 @@ class Moments8:
 def library() -> Any:
     """bitsandbytes' functions."""
     try:
-        return importlib.import_module("bitsandbytes.functional")
+        return bnb.functions()
     except ImportError as error:
         raise ConfigError(
             f"the run has optimizer.bits 8, and bitsandbytes cannot be imported ({error})",

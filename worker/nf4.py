@@ -10,13 +10,14 @@ row, and its quantization does not: where a matrix' width is no multiple of 64, 
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from . import bnb
 
 log = logging.getLogger(__name__)
 BLOCK = 64  # weights that have one scale
@@ -92,7 +93,7 @@ def _library() -> Any | None:
     shape = torch.Size((4, BLOCK))
     codes, scales = torch.arange(2 * BLOCK, dtype=torch.uint8), torch.tensor([0.1, 1.0, 0.3, 7.0])
     try:
-        library = importlib.import_module("bitsandbytes.functional")
+        library = bnb.functions()
         theirs = unpacked_by(library, codes, scales, shape, torch.float32)
     except Exception as error:  # of another version, or without its compiled part
         log.info("bitsandbytes does not unpack 4 bits here: %s", error)

@@ -319,7 +319,7 @@ def peer_page(
     if person is None:
         return None
     until, columns = FOREVER if at is None else at, Columns(rows)
-    row = peer_row(fold, book, peer)
+    row = peer_row(frame, fold, book, peer)
     layers = fold.layers or (frame.division(len(fold.seats)) if fold.seats else ())
     rank = next((standing.rank for standing in standings(frame, fold, book) if standing.peer == peer), None)
     where = f"{columns.peer} = ? AND time <= ? ORDER BY id DESC LIMIT ?"

@@ -295,7 +295,7 @@ class Board:
         elif place is None:
             shown = "waiting"
         return replace(
-            peer_row(self._fold, self._book, peer),
+            peer_row(self._frame, self._fold, self._book, peer),
             name=member.name,
             region=member.region,
             device=member.device,

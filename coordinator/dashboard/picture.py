@@ -11,7 +11,7 @@ from ...protocol.architecture import TITLES, tensors, weights
 from ...protocol.config import RunConfig
 from ...protocol.plan import Shape
 from .fold import SMOOTHED, Fold, Person, Reached
-from .rollups import NONE, Book
+from .rollups import NONE, Book, Totals
 from .shapes import Eta, Goodput, PeerRow, RunRow, StageRow, Standing, State
 
 COMPRESSED = ("activation", "gradient", "weights")  # purposes with an uncompressed counterfactual of their own
@@ -86,7 +86,7 @@ def picture(frame: Frame, fold: Fold, book: Book, now: float, *, at: float | Non
         dense_bytes_per_token=sum(t.dense_nbytes for t in traffic) / tokens if tokens else None,
         traffic=traffic,
         stages=stages,
-        peers=tuple(peer_row(fold, book, peer) for peer in fold.members),
+        peers=tuple(peer_row(frame, fold, book, peer) for peer in fold.members),
         rounds=fold.newest_rounds(SHOWN_ROUNDS),
         events=fold.newest_events(SHOWN_EVENTS),
         alerts=(),
@@ -113,7 +113,7 @@ def stage_row(frame: Frame, number: int, layers: tuple[int, int], replicas: Sequ
     )
 
 
-def peer_row(fold: Fold, book: Book, peer: str) -> PeerRow:
+def peer_row(frame: Frame, fold: Fold, book: Book, peer: str) -> PeerRow:
     """Of anybody who was ever there."""
     person = fold.persons.get(peer) or Person(peer=peer, name=peer[:6], device="", first_seen=0.0)
     stage = next((i for i, peers in enumerate(fold.seats) if peer in peers), None)
@@ -136,8 +136,13 @@ def peer_row(fold: Fold, book: Book, peer: str) -> PeerRow:
         received=totals.received,
         last_seen=max(totals.time, person.first_seen),
         seconds_per_step=totals.pace,
+        tokens_per_second=tokens_per_second(frame, totals),
         device=person.device,
     )
+
+
+def tokens_per_second(frame: Frame, totals: Totals) -> float | None:
+    return totals.per_step * frame.seq_len / totals.pace if totals.per_step is not None and totals.pace else None
 
 
 def standings(frame: Frame, fold: Fold, book: Book) -> list[Standing]:

@@ -34,8 +34,8 @@ Statement = tuple[str, list[Any]]
 
 class Totals(Struct, frozen=True):
     """Of one peer. ``computed``: whole samples that it trained, by its stage's share of the work; ``decided``: those of
-    them that no round is awaited for any more, ``work``: that are committed. ``pace``: seconds of a step, the newest
-    counting most."""
+    them that no round is awaited for any more, ``work``: that are committed. ``pace``: seconds of a step, ``per_step``:
+    samples that it trained in one, the newest counting most of both."""
 
     time: float = 0.0
     samples: int = 0
@@ -45,12 +45,18 @@ class Totals(Struct, frozen=True):
     compute_seconds: float = 0.0
     wait_seconds: float = 0.0
     pace: float | None = None
+    per_step: float | None = None
     generation: int = 0  # and step, of its newest report of one
     step: int = -1
     committed: int = 0  # samples
     work: float = 0.0
     rounds: int = 0
     decided: float = 0.0
+
+
+def recent(before: float | None, value: float) -> float:
+    """A mean in which the newest counts most."""
+    return value if before is None else 0.8 * before + 0.2 * value
 
 
 COLUMNS = ", ".join(Totals.__struct_fields__)
@@ -109,7 +115,8 @@ class Book:
             computed=old.computed + samples * work,
             compute_seconds=old.compute_seconds + compute,
             wait_seconds=old.wait_seconds + wait,
-            pace=seconds if old.pace is None else 0.8 * old.pace + 0.2 * seconds,
+            pace=recent(old.pace, seconds),
+            per_step=recent(old.per_step, samples),
             generation=place[0],
             step=place[1],
         )

@@ -60,7 +60,8 @@ class Caps(Struct, frozen=True, kw_only=True):
 
 class PeerRow(Struct, frozen=True, kw_only=True):
     """``state``: training, loading, waiting, leaving, away, or gone in the past. ``work``: committed samples times the
-    share of the model that was done for each, so a whole sample is 1 summed over stages."""
+    share of the model that was done for each, so a whole sample is 1 summed over stages. ``tokens_per_second``: that it
+    takes through its stage, over its newest steps."""
 
     id: str
     name: str
@@ -73,6 +74,7 @@ class PeerRow(Struct, frozen=True, kw_only=True):
     received: int
     last_seen: float
     seconds_per_step: float | None
+    tokens_per_second: float | None = None
     device: str
     time: StepTime | None = None
     links: tuple[LinkRow, ...] = ()

@@ -176,6 +176,12 @@ def of_peers(s: State) -> Iterator[Metric]:
         here,
         lambda p: p.seconds_per_step,
     )
+    yield each(
+        "potluck_peer_tokens_per_second",
+        "Tokens that a peer takes through its stage.",
+        here,
+        lambda p: p.tokens_per_second if p.state == "training" else None,
+    )
     last_seen = "potluck_peer_last_seen_timestamp_seconds"
     yield each(last_seen, "Unix time at which a peer was last heard of.", here, lambda p: p.last_seen)
     yield each("potluck_peer_samples", "Committed samples of a peer's stage.", here, lambda p: p.samples)

@@ -47,6 +47,7 @@ def peer(name: str, stage: int | None = 0, **more: Any) -> shapes.PeerRow:
         "received": 1,
         "last_seen": NOW,
         "seconds_per_step": 0.94,
+        "tokens_per_second": 4357.0,
         "device": "cuda",
     }
     return shapes.PeerRow(**{**made, **more})

@@ -105,6 +105,7 @@ def peers(stages: int, replicas: int, *, free: int = 0, first_name: str | None =
             received=4_560_000_000,
             last_seen=NOW - 3,
             seconds_per_step=4.6 if stage is not None else None,
+            tokens_per_second=5300.0 if stage is not None else None,
             device="NVIDIA GeForce RTX 3090, 24 GB",
             time=time if stage is not None and not away else None,
             links=tuple(one for one in known if one.sender == peer_id(i))[:12],

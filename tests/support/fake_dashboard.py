@@ -174,6 +174,7 @@ class FakeRun:
             received=samples * 11_900,
             last_seen=self.time(states[-1][0]) if last == "lost" else self.time(step),
             seconds_per_step=1.7,
+            tokens_per_second=602.0,
             device="NVIDIA GeForce RTX 3060" if number % 2 else "cpu",
             links=(
                 shapes.LinkRow(

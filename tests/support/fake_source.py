@@ -107,6 +107,7 @@ class FakeSource:
             received=2000,
             last_seen=START,
             seconds_per_step=1.0,
+            tokens_per_second=1024.0,
             device="cpu",
             time=time,
             links=(self._link(mine, other),),

@@ -90,8 +90,8 @@ export function showPeers(state) {
   const rows = peers.slice(first, last).map((peer, i) => {
     const whole = isNumber(peer.stage) ? committed.get(peer.stage) : 0;
     const part = whole > 0 && isNumber(peer.samples) ? peer.samples / whole : null;
-    const isWorking = part !== null && peer.state === "training" && isNumber(state.tokens_per_second);
-    return { peer, index: first + i + 2, stage: stages.get(peer.stage), part: share(part), width: `${Math.round((part ?? 0) * 100)}%`, speed: count(isWorking ? part * state.tokens_per_second : null) };
+    const speed = count(peer.state === "training" ? peer.tokens_per_second : null);
+    return { peer, index: first + i + 2, stage: stages.get(peer.stage), part: share(part), width: `${Math.round((part ?? 0) * 100)}%`, speed };
   });
   const facts = (row) => [row.peer, row.index, row.part, row.speed, row.stage?.first_layer, row.stage?.last_layer];
   list($("peers"), rows, (row) => row.peer.id, makePeer, (node, row) => fillPeer(node, row, names), facts);

@@ -84,6 +84,20 @@ async def test_samples_count_by_their_stages_share_of_the_work(board: Board) -> 
     assert board.state().goodput == before
 
 
+async def test_a_peers_speed_is_that_of_its_newest_steps(board: Board) -> None:
+    state = a_state("a", "b", plan=a_plan(("a",), ("b",)))
+    board.update(state, [], 1.0)
+    assert [row.tokens_per_second for row in board.state().peers] == [None, None]
+    for step in range(40):
+        slow = pb.StepDone(generation=3, step=step, samples=2, compute_seconds=6.0, wait_seconds=2.0)
+        fast = pb.StepDone(generation=3, step=step, samples=2, compute_seconds=3.0 if step < 10 else 1.0)
+        hear(board, state, 2.0 + step, ("a", pb.Up(step_done=slow)), ("b", pb.Up(step_done=fast)))
+    seq_len = CONFIG.model.seq_len
+    slow_speed, fast_speed = (row.tokens_per_second for row in board.state().peers)
+    assert slow_speed == pytest.approx(2 * seq_len / 8.0)
+    assert fast_speed == pytest.approx(2 * seq_len, rel=0.01)
+
+
 async def test_links_say_how_much_of_them_is_in_use(board: Board) -> None:
     state = a_state("a", "b")
     capped = replace(state.members["a"], caps=Caps(upload_mbps=8.0))

@@ -49,11 +49,19 @@ def test_a_step_counts_once_and_nonsense_is_bounded() -> None:
     book.stepped("a", 5.0, (1, 0), 8, 0.25, 2.0, 1.0)
     book.stepped("a", 6.0, (1, 0), 8, 0.25, 2.0, 1.0)  # told again after a restart
     assert book.peers["a"] == Totals(
-        time=5.0, samples=8, computed=2.0, compute_seconds=2.0, wait_seconds=1.0, pace=3.0, generation=1, step=0
+        time=5.0,
+        samples=8,
+        computed=2.0,
+        compute_seconds=2.0,
+        wait_seconds=1.0,
+        pace=3.0,
+        per_step=8.0,
+        generation=1,
+        step=0,
     )
     book.stepped("a", 7.0, (1, 1), 8, 0.25, float("nan"), float("inf"))
     assert (book.peers["a"].compute_seconds, book.peers["a"].samples) == (2.0, 16)
-    assert book.peers["a"].pace == pytest.approx(2.4)
+    assert book.peers["a"].pace == pytest.approx(2.4) and book.peers["a"].per_step == 8.0
     for _ in range(3):
         book.moved("a", 8.0, "weights", "out", MOST_NBYTES, MOST_NBYTES)
     assert book.peers["a"].sent == MOST_NBYTES and book.traffic == {"weights": (MOST_NBYTES, MOST_NBYTES)}
@@ -115,7 +123,7 @@ def test_old_rows_become_fewer_and_their_newest_stay(store: Store) -> None:
         for i in range(count)
         for peer in (1, 2)
     ]
-    insert = "INSERT INTO peer_series VALUES (?,?,?,?,0,0,0,0,0,NULL,0,0,0,0,0,0)"
+    insert = "INSERT INTO peer_series VALUES (?,?,?,?,0,0,0,0,0,NULL,NULL,0,0,0,0,0,0)"
     point = "INSERT INTO traffic_points VALUES (?,1,1,'[]',0)"
     store.write([], 0.0, [(insert, list(row)) for row in rows])
     store.write([], 0.0, [(point, [first + i * SLOT_SECONDS + 30.0]) for i in range(count)])
