@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
@@ -45,14 +44,12 @@ def hunts(pool: ProcessPoolExecutor) -> dict[str, Future[tuple[int, str]]]:
 
 
 def test_a_thousand_histories_hold(pool: ProcessPoolExecutor) -> None:
-    started = time.perf_counter()
     reached: dict[str, int] = {}
     for outcome in outcomes(pool, range(SEEDS)):
         assert not outcome.wrong, f"{outcome.lines}\n{outcome.wrong}\nreplay: {replay(outcome.seed)}"
         for what, count in outcome.reached.items():
             reached[what] = reached.get(what, 0) + count
     assert all(reached.get(what) for what in REACHED), [what for what in REACHED if not reached.get(what)]
-    assert time.perf_counter() - started < 600.0
 
 
 @pytest.mark.parametrize("bug", PLANTED)
