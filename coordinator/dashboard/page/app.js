@@ -149,7 +149,8 @@ function heard() {
   link.heardAt = performance.now();
   askEvaluations();
   link.isLost = false;
-  showLink(source.live ? "live" : "report");
+  const isOver = ENDED.has(model.state?.phase);
+  showLink(!source.live ? "report" : isOver ? "ended" : "live");
 }
 
 function lose(heardAt) {

@@ -200,8 +200,10 @@ async def test_empty_run_then_lost_coordinator_then_back_without_a_point_twice(t
             points = "import('./static/app.js').then(({curve}) => curve.points.map((point) => point.step))"
             assert await page.value(points) == [1, 2, 3, 4, 5]
             await check_words(page)
+            run.update(phase="finished")
+            await page.until("document.getElementById('link').textContent === 'ended'")
             # Another run at the same address: nothing of the old one stays.
-            run.update(id="cd34", step=2)
+            run.update(id="cd34", step=2, phase="training")
             await page.until(STEP % 2)
             await page.until("document.getElementById('plot').ariaLabel.includes('steps 1 to 2')")
             assert await page.value(points) == [1, 2]
