@@ -7,7 +7,7 @@ A small GPT-J shape is pretrained causally, published, and from there trained on
 and causally (the control). Every run is a coordinator and four workers (two stages, two replicas each) as processes,
 with the default codecs and rounds. docs/RECIPE.md is made by this.
 
-    python -m benchmarks.recipe --checkpoint     (an hour more, with bitsandbytes, 18 GB of memory)
+    python -m benchmarks.recipe --checkpoint     (an hour and a half more, with bitsandbytes, 15 GB of memory)
 
 The two ways from a really pretrained model: SmolLM2-135M-Instruct, as benchmarks/pretrained.py has it.
 """
