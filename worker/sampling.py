@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def write(folder: Path, prompt: str, tokens: int, seed: int) -> str:
     """``prompt`` and up to ``tokens`` more, sampled at temperature 0.8 from the 40 likeliest."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     room = model.config.max_position_embeddings - ids.shape[1]
     torch.manual_seed(seed)

@@ -47,10 +47,10 @@ def open_model(folder: Path, device: str = "auto") -> Opened:
     transformers.utils.logging.disable_progress_bar()
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if config.model_type not in KINDS:
             raise ConfigError(f"{folder} is a {config.model_type} model", hint=f"Known are {', '.join(KINDS)}.")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -58,6 +58,7 @@ def open_model(folder: Path, device: str = "auto") -> Opened:
             attn_implementation="eager" if config.model_type == "gptj" else "sdpa",
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder} cannot be loaded: {error}", hint=_NAME_A_MODEL) from error
