@@ -54,12 +54,13 @@ def test_a_prefix_model_run_over_the_whole_sees_its_answer(kind):
 
 @pytest.mark.parametrize("kind", ["gptj", "llama"])
 def test_the_answer_of_a_prefix_model_hides_its_own_future(kind):
-    """Another last token changes nothing before it."""
+    """Another last token changes nothing before it but the last bit: they are two rows of one product, which threads may
+    round differently. What leaks is above 1e-2."""
     model = build(kind, prefix=True)
     scorer = Scorer(model, prefix=True, max_length=POSITIONS)
     [[first, second]] = scorer.score([Query([1, 2, 3, 4], [[5, 6, 7, 8], [5, 6, 7, 200]])])
-    assert torch.equal(first.logprobs[:3], second.logprobs[:3])
-    assert abs(first.total - second.total) > 1e-6
+    torch.testing.assert_close(first.logprobs[:3], second.logprobs[:3], atol=1e-5, rtol=0)
+    assert abs(first.total - second.total) > 1e-3
 
 
 def test_greedy_is_what_the_model_would_write():
