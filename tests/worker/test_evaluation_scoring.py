@@ -54,8 +54,8 @@ def test_a_prefix_model_run_over_the_whole_sees_its_answer(kind):
 
 @pytest.mark.parametrize("kind", ["gptj", "llama"])
 def test_the_answer_of_a_prefix_model_hides_its_own_future(kind):
-    """Another last token changes nothing before it but the last bit: they are two rows of one product, which threads may
-    round differently. What leaks is above 1e-2."""
+    """Another last token changes nothing before it but the last bit: they are two rows of one product, and threads may
+    round them differently. What leaks is above 1e-2."""
     model = build(kind, prefix=True)
     scorer = Scorer(model, prefix=True, max_length=POSITIONS)
     [[first, second]] = scorer.score([Query([1, 2, 3, 4], [[5, 6, 7, 8], [5, 6, 7, 200]])])
